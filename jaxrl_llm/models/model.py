@@ -1,0 +1,66 @@
+"""What the library asks of a language model: pure functions on plain pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrl_llm.types import Context, PyTree
+
+Cache = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder-only language model as functions of its parameters.
+
+    `M` contexts, `R` responses of each, `T` tokens a response. A context is encoded once for its `R` responses. Response
+    input 0 is the context's last token and input `t` is token `t - 1`, so output `t` predicts token `t`; the *prefix* is
+    the context without its last token. See `inputs_of`.
+
+    init: `(key) -> params`.
+    hidden: `(params, prefix: Context [M S], offset [M], inputs [M R T], attended [M R T]) -> [M R T D]`, the final
+        hidden states; `offset` is the prefix length, the position of input 0.
+    logits: `(params, hidden [... D]) -> [... V]` float32.
+    prefill: `(params, prefix: Context [M S]) -> Cache`, encodes the prefixes.
+    decoder: `(params) -> PyTree`, what `decode` wants instead of `params`: cast and sliced once per generation.
+    empty: `(M, R, T) -> Cache` for the responses.
+    decode: `(decoder, prefix_cache, prefix_mask [M S], cache, offset [M], inputs [M R], t) -> (hidden [M R D], cache)`
+        feeds one token of each response at position `t` (`[]`, or `[M R]` if rows differ).
+    """
+
+    vocab: int
+    width: int
+    init: Callable[[Array], PyTree]
+    hidden: Callable[..., Array]
+    logits: Callable[[PyTree, Array], Array]
+    prefill: Callable[[PyTree, Context], Cache]
+    decoder: Callable[[PyTree], PyTree]
+    empty: Callable[[int, int, int], Cache]
+    decode: Callable[..., tuple[Array, Cache]]
+
+
+def prefix_of(context: Context) -> tuple[Context, Array, Array]:
+    """Splits the last real token off.
+
+    Args:
+      context: `[..., S]`.
+
+    Returns:
+      the prefix `[..., S - 1]` (right-padded, masked tokens 0), its length `[...]` int32, and the last token `[...]`.
+    """
+    length = context.mask.sum(-1, dtype=jnp.int32) - 1
+    last = jnp.take_along_axis(context.tokens, jnp.maximum(length, 0)[..., None], axis=-1)[..., 0]
+    mask = jnp.arange(context.tokens.shape[-1] - 1) < length[..., None]
+    return Context(tokens=jnp.where(mask, context.tokens[..., :-1], 0), mask=mask), length, last
+
+
+def inputs_of(last: Array, tokens: Array, attended: Array) -> Array:
+    """Response inputs: the context's last token `[M]`, then the response `[M R T]` shifted by one; padding is 0."""
+    tokens = jnp.where(attended, tokens, 0)
+    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
+    return jnp.concatenate([first, tokens[..., :-1]], axis=-1)
