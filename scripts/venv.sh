@@ -61,11 +61,11 @@ _install() {
         echo "error: '$python -m venv' failed; on Debian and Ubuntu install the python3-venv package." >&2
         return 1
     }
-    "$PY" -m pip install --quiet -r requirements.lock || {
+    "$PY" -m pip install -qq -r requirements.lock || {
         echo "error: could not install requirements.lock (is there a network?); run the script again to retry." >&2
         return 1
     }
-    "$PY" -m pip install --quiet --no-deps --no-build-isolation --editable . || return 1
+    "$PY" -m pip install -qq --no-deps --no-build-isolation --editable . || return 1
     # Written last, and moved into place whole: its presence means that everything before it succeeded.
     _wanted >.venv/complete.part && mv .venv/complete.part .venv/complete
 }
