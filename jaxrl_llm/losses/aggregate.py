@@ -4,12 +4,14 @@
 are the same for every split into micro-batches, accumulation steps or devices. A row without tokens has no share.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 
 
 def token_mean(mask: Array) -> Array:
-    """`m / N`: every token of the step counts the same (DAPO, 2503.14476, eq. 8).
+    """`m / N`: every token of the step counts the same (DAPO, 2503.14476, section 3.3, over the batch).
 
     Args:
       mask: `[B G T]` bool.
@@ -19,6 +21,13 @@ def token_mean(mask: Array) -> Array:
     """
     m = mask.astype(jnp.float32)
     return m / jnp.maximum(m.sum(), 1)
+
+
+def group_mean_token_mean(mask: Array) -> Array:
+    """`m / (N_g * groups)`: every group with tokens counts the same, its tokens equally (CISPO, 2506.13585, eq. 4)."""
+    m = mask.astype(jnp.float32)
+    tokens = m.sum((-2, -1), keepdims=True)
+    return m / (jnp.maximum(tokens, 1) * jnp.maximum((tokens > 0).sum(), 1))
 
 
 def sequence_mean_token_mean(mask: Array) -> Array:
@@ -34,7 +43,7 @@ def sequence_mean_token_sum(mask: Array) -> Array:
     return m / jnp.maximum((m.sum(-1) > 0).sum(), 1)
 
 
-def token_sum_over(mask: Array, *, constant: float | None = None) -> Array:
+def token_sum_over(mask: Array, *, constant: int | float | None = None) -> Array:
     """`m / (rows * C)`: a token's gradient does not depend on its row's length (Dr. GRPO, 2503.20783).
 
     Args:
@@ -44,3 +53,10 @@ def token_sum_over(mask: Array, *, constant: float | None = None) -> Array:
     m = mask.astype(jnp.float32)
     constant = mask.shape[-1] if constant is None else constant
     return m / (jnp.maximum((m.sum(-1) > 0).sum(), 1) * constant)
+
+
+def pair_mean(mask: Array) -> Array:
+    """Every group with at least two rows counts the same: its shares sum to 1 / pairs."""
+    m = mask.astype(jnp.float32)
+    pair = mask.any(-1).sum(-1)[:, None, None] > 1
+    return jnp.where(pair, m / jnp.maximum(m.sum((-2, -1), keepdims=True), 1), 0.0) / jnp.maximum(pair.sum(), 1)

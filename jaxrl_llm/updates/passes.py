@@ -40,7 +40,8 @@ def several_passes(
 
 def select(batch: Batch, rows: Array) -> Batch:
     """The given prompts of a batch; scalars are kept."""
-    return jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
+    chosen: Batch = jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, batch)
+    return chosen
 
 
 def _over_steps(name: str, x: Array) -> Array:

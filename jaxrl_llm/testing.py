@@ -1,0 +1,133 @@
+"""Small batches from plain numbers, and a loss's value and gradient on them: for tests and notebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrl_llm.algorithm import Algorithm
+from jaxrl_llm.losses.aggregate import token_mean
+from jaxrl_llm.rewards.basic import at_last_token
+from jaxrl_llm.stages import lift, write
+from jaxrl_llm.types import PADDING, POLICY, Batch, Context, Metrics, Problem, Prompts, Rollouts, Sampling, Scores
+
+
+class Evaluated(NamedTuple):
+    """A loss at some scores."""
+
+    value: Array  # []
+    coefficient: Array  # [B G T]: N * d value / d logp, N the tokens that count
+    metrics: Metrics
+
+
+def toy_prompts(rows: int, *, length: int = 2) -> Prompts:
+    """`rows` prompts of `length` tokens, all different, with `target` their index."""
+    index = jnp.arange(rows, dtype=jnp.int32)
+    tokens = index[:, None] * length + jnp.arange(length, dtype=jnp.int32)
+    context = Context(tokens=tokens, mask=jnp.ones(tokens.shape, bool))
+    return Prompts(context=context, index=index, target=index)
+
+
+def toy_batch(
+    *,
+    logp: ArrayLike,
+    mask: ArrayLike | None = None,
+    outcome: ArrayLike | None = None,
+    reward: ArrayLike | None = None,
+    advantage: ArrayLike | None = None,
+    old: ArrayLike | None = None,
+    reference: ArrayLike | None = None,
+    value: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    tokens: ArrayLike | None = None,
+    role: ArrayLike | None = None,
+    truncated: ArrayLike | None = None,
+) -> Batch:
+    """A batch as the slots see it.
+
+    Args:
+      logp: `[B G T]` of the sampler.
+      mask: `[B G T]`, everything if None.
+      outcome: `[B G]`, 0 if None.
+      reward: `[B G]` or `[B G T]`; the outcome if None.
+      advantage: `[B G]` or `[B G T]`.
+      old: `[B G T]` log-probs.
+      reference: `[B G T]` log-probs.
+      value: `[B G T]` of the critic.
+      weight: `[B G T]`.
+      keep: `[B G]`.
+      tokens: `[B G T]`, all different if None.
+      role: `[B G T]`; POLICY where `mask` if None.
+      truncated: `[B G]`, False if None.
+    """
+    logp = jnp.asarray(logp)
+    shape = logp.shape
+    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+    prompts = toy_prompts(shape[0])
+    token_ids = jnp.arange(logp.size, dtype=jnp.int32).reshape(shape) if tokens is None else jnp.asarray(tokens)
+    rollouts = Rollouts(
+        prompts=prompts,
+        context=jax.tree.map(lambda x: x[:, None], prompts.context),
+        tokens=token_ids,
+        mask=mask,
+        role=jnp.where(mask, POLICY, PADDING).astype(jnp.int8) if role is None else jnp.asarray(role, jnp.int8),
+        logp=logp,
+        entropy=jnp.zeros(shape, logp.dtype),
+        version=jnp.zeros(shape, jnp.int32),
+        truncated=jnp.zeros(shape[:2], bool) if truncated is None else jnp.asarray(truncated, bool),
+        sampling=Sampling(temperature=jnp.ones(shape[:2])),
+    )
+    outcome = jnp.zeros(shape[:2], logp.dtype) if outcome is None else jnp.asarray(outcome, logp.dtype)
+    rewards = outcome if reward is None else jnp.asarray(reward, logp.dtype)
+    return Batch(
+        rollouts=rollouts,
+        step=jnp.zeros((), jnp.int32),
+        outcome=outcome,
+        old=None if old is None else Scores(logp=jnp.asarray(old)),
+        reference=None if reference is None else Scores(logp=jnp.asarray(reference)),
+        value=None if value is None else jnp.asarray(value),
+        reward=rewards.sum(-1) if rewards.ndim == 3 else rewards,
+        token_reward=rewards if rewards.ndim == 3 else at_last_token(mask, rewards),
+        keep=None if keep is None else jnp.asarray(keep, bool),
+        advantage=None if advantage is None else _per_token(jnp.asarray(advantage), shape),
+        weight=None if weight is None else jnp.asarray(weight),
+    )
+
+
+def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
+    """Runs the reward, filter, advantage and weight slots, as the engine does; stages start with fresh memory."""
+    tokens = batch.rollouts.tokens.shape
+    problem = Problem(
+        rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=int(batch.rollouts.tokens.size), params={}
+    )
+    keep = batch.rollouts.mask.any(-1) if batch.keep is None else batch.keep
+    batch = dataclasses.replace(batch, reward=None, token_reward=None, advantage=None, weight=None, keep=keep)
+    for slot in ("reward", "filter", "advantage", "weight"):
+        stage = lift(slot, getattr(algorithm, slot))
+        output, _ = stage.apply(stage.init(problem), jax.random.key(0), batch)
+        batch = write(slot, batch, output)
+    return batch
+
+
+def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
+    """The loss as the engine computes it in one optimiser step, and its derivative by every token's log-prob."""
+    batch = dataclasses.replace(batch, share=getattr(loss, "aggregate", token_mean)(batch.mask))
+
+    def of(logp: Array) -> tuple[Array, Metrics]:
+        value, metrics = loss(dataclasses.replace(scores, logp=logp), batch)
+        return value, metrics
+
+    assert scores.logp is not None
+    (value, metrics), gradient = jax.value_and_grad(of, has_aux=True)(scores.logp)
+    return Evaluated(value, gradient * batch.mask.sum(), metrics)
+
+
+def _per_token(x: Array, shape: tuple[int, ...]) -> Array:
+    return x if x.ndim == 3 else jnp.broadcast_to(x[..., None], shape)
