@@ -249,6 +249,7 @@ class Learner(NamedTuple):
 
     init: Callable[[Array], TrainState]
     step: Callable[..., tuple[TrainState, Metrics]]
+    compiled: bool = True  # False: `step` compiles its own parts and leaves the device between them; do not jit it
 
 
 def split(key: Array, *names: str) -> dict[str, Array]:

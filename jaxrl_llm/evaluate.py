@@ -1,0 +1,100 @@
+"""Accuracy of a policy on held-out problems."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxrl_llm.policy import Policy
+from jaxrl_llm.tasks.task import Task, decode_prompts, decode_responses, host_verifier
+from jaxrl_llm.types import Prompts, PyTree, Sampling, Samples
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Evaluation(NamedTuple):
+    """accuracy, reward: means over the problems that could be scored; transcripts: the first few, as text."""
+
+    accuracy: float
+    reward: float
+    length: float
+    problems: int
+    transcripts: list[dict[str, Any]]
+
+
+def evaluator(
+    policy: Policy,
+    task: Task,
+    *,
+    problems: int = 512,
+    batch: int = 128,
+    response_length: int | None = None,
+    sampling: Sampling = GREEDY,
+    transcripts: int = 4,
+) -> Callable[..., Evaluation]:
+    """`(params, key=None) -> Evaluation` on the task's first held-out problems, compiled once.
+
+    Args:
+      policy, task: what is evaluated, on what.
+      problems: how many; the task's all, if it has fewer.
+      batch: problems decoded at a time.
+      response_length: tokens; the task's if None.
+      sampling: greedy by default.
+      transcripts: how many to keep as text.
+    """
+    length = task.response_length if response_length is None else response_length
+    held_out = task.test(problems)
+    total = held_out.index.shape[0]
+    sampling = jax.tree.map(jnp.asarray, sampling)
+    grade = task.verify if task.verify is not None else host_verifier(task)
+
+    @jax.jit
+    def answer(params: PyTree, key: Array, prompts: Prompts) -> Samples:
+        context = jax.tree.map(lambda x: x[:, None], prompts.context)
+        fold = jax.vmap(functools.partial(jax.random.fold_in, key))
+        keys = fold(jnp.arange(prompts.index.shape[0]))[:, None]
+        eos = (task.tokenizer.eos_token_id,)
+        return policy.sample(params, keys, context, sampling, length=length, eos=eos, stop=task.stop)
+
+    def evaluate(params: PyTree, key: Array | None = None) -> Evaluation:
+        key = jax.random.key(0) if key is None else key
+        scores: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        texts: list[dict[str, Any]] = []
+        for i, (prompts, real) in enumerate(_batches(held_out, batch)):
+            samples = answer(params, jax.random.fold_in(key, i), prompts)
+            score = np.asarray(grade(prompts, samples.tokens, samples.mask))[:real, 0]
+            scores.append(score)
+            lengths.append(np.asarray(samples.mask.sum(-1))[:real, 0])
+            if len(texts) < transcripts:
+                words = zip(
+                    decode_prompts(task.tokenizer, prompts),
+                    decode_responses(task.tokenizer, samples.tokens, samples.mask),
+                    score,
+                    strict=False,
+                )
+                texts += [{"prompt": p, "response": r[0], "reward": float(s)} for p, r, s in words]
+        score = np.concatenate(scores)
+        return Evaluation(
+            accuracy=float(np.nanmean(score >= 1.0)),
+            reward=float(np.nanmean(score)),
+            length=float(np.concatenate(lengths).mean()),
+            problems=total,
+            transcripts=texts[:transcripts],
+        )
+
+    return evaluate
+
+
+def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Prompts, int]]:
+    """Equal batches (the last one repeats its last problem) with how many problems of each are real."""
+    total = prompts.index.shape[0]
+    for start in range(0, total, size):
+        rows = np.minimum(np.arange(start, start + size), total - 1)
+        yield jax.tree.map(lambda x, rows=rows: x[rows], prompts), min(size, total - start)

@@ -1,0 +1,50 @@
+"""Where arrays live. The only file that names a device.
+
+A step's prompts are split over the mesh axis `data`; parameters, optimiser and memory are whole on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_llm.types import PyTree
+
+
+def data_mesh(devices: int | None = None) -> Mesh:
+    """A mesh with one axis `data` over the first `devices` devices (all if None).
+
+    Raises:
+      ValueError: there are not that many devices.
+    """
+    found = jax.devices()
+    n = len(found) if devices is None else devices
+    if n > len(found):
+        raise ValueError(f"asked for {n} devices, JAX sees {len(found)}")
+    return jax.make_mesh((n,), ("data",), devices=found[:n], axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def over_data(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+    """Inside a program: constrains every array's leading axis to be split over `data`."""
+
+    def constrain(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _leading(mesh)), tree)
+
+    return constrain
+
+
+def place(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Outside a program: the leading axis of every array split over `data`."""
+    return jax.device_put(tree, _leading(mesh))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Outside a program: every array whole on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _leading(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
