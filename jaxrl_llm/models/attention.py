@@ -70,3 +70,33 @@ def shared_prefix(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array
     out += jnp.einsum("mrkgqu,mrukd->mrqkgd", near.astype(ov.dtype), ov, preferred_element_type=jnp.float32)
     out /= jnp.moveaxis(total, -1, 2)[..., None]
     return out.reshape(m, r, n, heads, dim).astype(pv.dtype)
+
+
+def one_token(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array, Array, Array]) -> Array:
+    """`shared_prefix` for one query a response, on cached keys that are stored transposed.
+
+    Keys are `[d, tokens]` and values `[tokens, d]`, so that both products run along the last axis of what is read most.
+
+    Args:
+      q: `[M R H d]`.
+      prefix: keys `[M K d S]`, values `[M K S d]`, mask `[M S]` bool.
+      own: keys `[M R K d U]`, values `[M R K U d]`, mask broadcastable to `[M R U]` bool.
+
+    Returns:
+      `[M R H d]`.
+    """
+    pk, pv, pmask = prefix
+    ok, ov, omask = own
+    m, r, heads, dim = q.shape
+    kv = pk.shape[1]
+    q = (q * dim**-0.5).astype(q.dtype).reshape(m, r, kv, heads // kv, dim)
+    far = jnp.einsum("mrkgd,mkds->mkrgs", q, pk, preferred_element_type=jnp.float32)
+    near = jnp.einsum("mrkgd,mrkdu->mrkgu", q, ok, preferred_element_type=jnp.float32)
+    far = jnp.where(pmask[:, None, None, None, :], far, FAR)
+    near = jnp.where(jnp.broadcast_to(omask, (m, r, ok.shape[-1]))[:, :, None, None, :], near, FAR)
+    top = jnp.maximum(far.max(-1, initial=FAR).swapaxes(1, 2), near.max(-1))
+    far, near = jnp.exp(far - top.swapaxes(1, 2)[..., None]), jnp.exp(near - top[..., None])
+    total = far.sum(-1).swapaxes(1, 2) + near.sum(-1)
+    out = jnp.einsum("mkrgs,mksd->mrkgd", far.astype(pv.dtype), pv, preferred_element_type=jnp.float32)
+    out += jnp.einsum("mrkgu,mrkud->mrkgd", near.astype(ov.dtype), ov, preferred_element_type=jnp.float32)
+    return (out / total[..., None]).reshape(m, r, heads, dim).astype(pv.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxrl_llm.models.attention import causal, rotary, rotate, shared_prefix
+from jaxrl_llm.models.attention import causal, one_token, rotary, rotate, shared_prefix
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.types import Context, PyTree
 
@@ -176,7 +176,8 @@ def transformer(config: TransformerConfig) -> Model:
 
     def prefill(params: PyTree, prefix: Context) -> Cache:
         positions = jnp.broadcast_to(jnp.arange(prefix.tokens.shape[-1]), prefix.tokens.shape)
-        return bind(_attend_keep).apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
+        kept = bind(_attend_keep).apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
+        return [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(c.num_hidden_layers)]
 
     def decoder(params: PyTree) -> PyTree:
         cast = {**params, "layers": jax.tree.map(lambda x: x.astype(c.dtype), params["layers"])}
@@ -184,11 +185,15 @@ def transformer(config: TransformerConfig) -> Model:
         return {**cast, "layers": layers}
 
     def empty(m: int, r: int, t: int) -> Cache:
-        shape = (m, r, t, c.num_key_value_heads, c.head_dim)
-        return [(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_hidden_layers)]
+        heads, dim = c.num_key_value_heads, c.head_dim
+        return [
+            (jnp.zeros((m, r, heads, dim, t), c.dtype), jnp.zeros((m, r, heads, t, dim), c.dtype))
+            for _ in range(c.num_hidden_layers)
+        ]
 
     def decode(
-        params: PyTree, prefix: Cache, mask: Array, cache: Cache, offset: Array, inputs: Array, t: Array
+        params: PyTree, prefix: Cache, mask: Array, cache: Cache, offset: Array, inputs: Array, t: Array,
+        column: Array | None = None,
     ) -> tuple[Array, Cache]:
         outer = {"params": {k: v for k, v in params.items() if k != "layers"}}
         whole = bind(_attend_self)
@@ -198,7 +203,7 @@ def transformer(config: TransformerConfig) -> Model:
         block = Block(c, _attend_cache)
         new = []
         for i, layer in enumerate(params["layers"]):
-            seen = (prefix[0][i], prefix[1][i], mask, *cache[i], t)
+            seen = (*prefix[i], mask, *cache[i], t, t if column is None else column)
             x, kept = block.apply({"params": layer}, x, angles, seen)
             new.append(kept)
         return whole.apply(outer, x, method="final"), new
@@ -221,7 +226,7 @@ def _attend_self(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, None
 
 
 def _attend_keep(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, tuple[Array, Array]]:
-    return causal(q, k, v, seen), (k, v)
+    return causal(q, k, v, seen), (jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2))
 
 
 def _attend_group(q: Array, k: Array, v: Array, seen: tuple[Array, Array], *, responses: int) -> tuple[Array, None]:
@@ -236,13 +241,15 @@ def _attend_group(q: Array, k: Array, v: Array, seen: tuple[Array, Array], *, re
 
 
 def _attend_cache(q: Array, k: Array, v: Array, seen: Any) -> tuple[Array, tuple[Array, Array]]:
-    """One new token per response, `[M R H d]`; writes its key and value at `t` and attends up to it."""
-    pk, pv, pmask, ck, cv, t = seen
-    if t.ndim:
-        here = jnp.arange(ck.shape[2]) == t[..., None]
-        ck, cv = (jnp.where(here[..., None, None], new[:, :, None], old) for new, old in ((k, ck), (v, cv)))
+    """One new token per response, `[M R H d]`: writes its key and value and attends to the `t` before it and itself."""
+    pk, pv, pmask, ck, cv, t, column = seen
+    place = jnp.arange(ck.shape[-1])
+    if column.ndim:
+        here = (place == column[..., None])[:, :, None]
+        ck = jnp.where(here[..., None, :], k[..., None], ck)
+        cv = jnp.where(here[..., None], v[..., None, :], cv)
     else:
-        ck, cv = (jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], t, axis=2) for new, old in ((k, ck), (v, cv)))
-    own = jnp.arange(ck.shape[2]) <= t[..., None]
-    own = jnp.broadcast_to(own, (*ck.shape[:2], ck.shape[2]))[:, :, None, :]
-    return shared_prefix(q[:, :, None], (pk, pv, pmask), (ck, cv, own))[:, :, 0], (ck, cv)
+        ck = jax.lax.dynamic_update_slice_in_dim(ck, k[..., None], column, axis=4)
+        cv = jax.lax.dynamic_update_slice_in_dim(cv, v[..., None, :], column, axis=3)
+    own = (column[..., None] - place) % ck.shape[-1] <= t[..., None]
+    return one_token(q, (pk, pv, pmask), (ck, cv, own)), (ck, cv)

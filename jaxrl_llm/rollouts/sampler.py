@@ -1,0 +1,131 @@
+"""The autoregressive sampler: one prefill a context, one loop of single-token steps, one key a row."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrl_llm.models.model import Cache, Model, prefix_of
+from jaxrl_llm.rollouts.distribution import draw, uniform
+from jaxrl_llm.rollouts.ending import Ending, anywhere
+from jaxrl_llm.rollouts.refill import Pending, refilled
+from jaxrl_llm.types import Context, PyTree, Samples, Sampling, record
+
+SEGMENT = 64  # a response cache grows by at least this many tokens: attention to what is not there yet costs as much
+
+
+def sample(
+    model: Model,
+    params: PyTree,
+    keys: Array,
+    context: Context,
+    sampling: Sampling,
+    *,
+    length: int,
+    eos: tuple[int, ...] = (),
+    stop: tuple[tuple[int, ...], ...] = (),
+    slots: int | None = None,
+) -> Samples:
+    """Draws one response a key.
+
+    Token `t` of a row depends on its key, its context and `t` only, not on the batch it sits in. The loop ends with the
+    last row (under `vmap`, with the last row of all members).
+
+    Args:
+      model: what to sample from.
+      params: its parameters.
+      keys: `[B G]` typed keys.
+      context: `[B C S]`, `C` 1 (each context is encoded once for its `G` rows) or `G`.
+      sampling: leaves scalar or `[B G]`; changing their values compiles nothing.
+      length: `T`, the most tokens a response has.
+      eos: tokens that end a response. They are sampled tokens: part of the response and of its mask.
+      stop: token sequences that end a response once its last tokens equal one of them. They stay in the response.
+      slots: how many rows are decoded at a time; a row that ends makes room for the next one inside the loop. None
+        decodes all rows at once. The responses are the same; memory is that of `slots` rows with a prefix each.
+
+    Returns:
+      `[B G T]` samples; `truncated` rows ended by length.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+    (b, g), (_, c, s) = keys.shape, context.tokens.shape
+    if context.tokens.shape[0] != b or c not in (1, g):
+        raise ValueError(f"context must be [B C S] with B={b} and C 1 or G={g} to fit keys, got {context.tokens.shape}")
+    if length < 1 or (slots is not None and slots < 1):
+        raise ValueError(f"length and slots must be at least 1, got length={length}, slots={slots}")
+    m, r = b * c, g // c if c else 0
+    ending = Ending(eos=tuple(eos), stop=tuple(map(tuple, stop)))
+    prefix, offset, last = prefix_of(jax.tree.map(lambda x: x.reshape(m, s), context))
+    steps = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys.reshape(-1), jnp.arange(length))
+    pending = Pending(
+        prefix=model.prefill(params, prefix),
+        mask=prefix.mask,
+        offset=offset,
+        last=last,
+        numbers=uniform(steps).reshape(m, r, length),
+        sampling=jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (b, g)).reshape(m, r), sampling),
+    )
+    if slots is None or slots >= b * g:
+        samples = _at_once(model, params, pending, ending)
+    else:
+        samples = refilled(model, params, pending, ending, slots)
+    return jax.tree.map(lambda x: x.reshape(b, g, *x.shape[2:]), samples)
+
+
+@record
+class _Rows:
+    """All rows after `t` tokens."""
+
+    t: Array  # [] int32
+    cache: Cache
+    current: Array  # [M R] int32, what is fed next
+    alive: Array  # [M R] bool
+    recent: Array  # [M R L] int32
+    written: tuple[Array, ...]  # token, log-prob, entropy, mask, each [T M R]
+
+
+def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> Samples:
+    m, r, length = pending.numbers.shape
+    decoder = model.decoder(params)
+    numbers = jnp.moveaxis(pending.numbers, -1, 0)
+
+    def going(rows: _Rows, end: int) -> Array:
+        return (rows.t < end) & anywhere(rows.alive)
+
+    def step(rows: _Rows) -> _Rows:
+        t, alive = rows.t, rows.alive
+        hidden, cache = model.decode(
+            decoder, pending.prefix, pending.mask, rows.cache, pending.offset, rows.current, t
+        )
+        drawn = draw(numbers[t], model.logits(params, hidden), pending.sampling)
+        recent, ends = ending(rows.recent, drawn[0])
+        new = (*(jnp.where(alive, x, 0) for x in drawn), alive)
+        written = tuple(lax.dynamic_update_index_in_dim(x, y, t, 0) for x, y in zip(rows.written, new, strict=True))
+        return _Rows(t=t + 1, cache=cache, current=new[0], alive=alive & ~ends, recent=recent, written=written)
+
+    zeros = functools.partial(jnp.zeros, (length, m, r))
+    rows = _Rows(
+        t=jnp.int32(0),
+        cache=model.empty(m, r, 0),
+        current=jnp.broadcast_to(pending.last[:, None], (m, r)),
+        alive=jnp.ones((m, r), bool),
+        recent=ending.empty((m, r)),
+        written=(zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), zeros(bool)),
+    )
+    for end in _segments(length):
+        cache = jax.tree.map(_grown, model.empty(m, r, end), rows.cache)
+        rows = lax.while_loop(functools.partial(going, end=end), step, rows.__class__(**{**vars(rows), "cache": cache}))
+    tokens, logp, entropy, mask = (jnp.moveaxis(x, 0, -1) for x in rows.written)
+    return Samples(tokens=tokens, mask=mask, logp=logp, entropy=entropy, truncated=rows.alive)
+
+
+def _segments(length: int) -> list[int]:
+    return [length]
+
+
+def _grown(new: Array, old: Array) -> Array:
+    return old if new.shape == old.shape else lax.dynamic_update_slice(new, old, (0,) * new.ndim)
