@@ -101,6 +101,57 @@ def toy_batch(
     )
 
 
+def toy_rows(*, fill: float = 0.0, **fields: Any) -> tuple[Scores, Batch]:
+    """One group of two rows of 3 and 2 tokens with log-probs of four policies: small enough to check by hand.
+
+    Args:
+      fill: what stands in the one masked slot of every per-token array.
+      fields: further arguments of `toy_batch`, or other values for those given here.
+    """
+    given: dict[str, Any] = {
+        "logp": jnp.array([[[-0.5, -1.0, -2.0], [-0.7, -0.3, fill]]]),
+        "reference": jnp.array([[[-0.6, -0.9, -1.8], [-0.8, -0.4, fill]]]),
+        "advantage": jnp.array([[[1.0, 1.0, 1.0], [-1.0, -1.0, fill]]]),
+        "outcome": jnp.array([[1.0, 0.0]]),
+    }
+    scores = Scores(logp=jnp.array([[[-0.3, -1.1, -1.5], [-1.0, -0.1, fill]]]))
+    return scores, toy_batch(mask=[[[1, 1, 1], [1, 1, 0]]], **(given | fields))
+
+
+def random_batch(
+    key: Array, *, prompts: int = 3, size: int = 4, length: int = 5, fill: float = 0.0
+) -> tuple[Scores, Batch]:
+    """A batch of ragged rows, one of them empty and one not kept, with every field there and groups that are mixed.
+
+    Args:
+      key: decides everything, `fill` apart.
+      prompts: B.
+      size: G, at least 3.
+      length: T.
+      fill: what stands in masked slots of per-token arrays and in the outcome of rows that do not count.
+    """
+    shape = (prompts, size, length)
+    keys = jax.random.split(key, 9)
+    lengths = jax.random.randint(keys[0], shape[:2], 1, length + 1).at[0, 2].set(0)
+    exists = jnp.arange(length) < lengths[..., None]
+    keep = (lengths > 0).at[1, 2].set(False)
+    counts = exists & keep[..., None]
+    draw = [jnp.where(counts, jax.random.normal(k, shape), fill) for k in keys[1:8]]
+    logp, near, old, reference, value, new_value, entropy = draw
+    behaviour = jnp.where(counts, -jnp.abs(logp), fill)
+    outcome = jnp.zeros(shape[:2]).at[:, 0].set(1.0).at[:, -1].set(jax.random.bernoulli(keys[8], 0.5, (prompts,)))
+    batch = toy_batch(
+        logp=behaviour,
+        mask=exists,
+        keep=keep,
+        outcome=jnp.where(keep, outcome, fill),
+        old=behaviour + 0.1 * old,
+        reference=behaviour + 0.3 * reference,
+        value=value,
+    )
+    return Scores(logp=behaviour + 0.3 * near, entropy=entropy, value=new_value), batch
+
+
 def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
     """Runs the reward, filter, advantage and weight slots, as the engine does; stages start with fresh memory."""
     tokens = batch.rollouts.tokens.shape

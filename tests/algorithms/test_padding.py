@@ -1,0 +1,157 @@
+"""Padding is invisible, for every recipe; and what a loss must not depend on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.algorithm import PolicyLoss
+from jaxrl_llm.algorithms import load, names
+from jaxrl_llm.losses.aggregate import token_mean
+from jaxrl_llm.testing import evaluate, prepare, random_batch
+from jaxrl_llm.types import Scores
+from jaxrl_llm.updates.passes import select
+
+
+def run(algorithm, scores, batch):
+    batch = prepare(algorithm, batch)
+    got = evaluate(algorithm.loss, scores, batch)
+    value_gradient = jnp.zeros(())
+    if scores.value is not None:
+        shared = dataclasses.replace(batch, share=getattr(algorithm.loss, "aggregate", token_mean)(batch.mask))
+        value_gradient = jax.grad(lambda v: algorithm.loss(dataclasses.replace(scores, value=v), shared)[0])(
+            scores.value
+        )
+    metrics = {k: jnp.where(batch.mask if jnp.ndim(x) == 3 else True, x, 0) for k, x in got.metrics.items()}
+    return {
+        "value": got.value,
+        "coefficient": got.coefficient,
+        "value_gradient": value_gradient,
+        "metrics": metrics,
+        "advantage": batch.advantage,
+        "keep": batch.keep,
+        "reward": batch.reward,
+    }
+
+
+@pytest.mark.parametrize("fill", [jnp.nan, 1e10], ids=["nan", "1e10"])
+@pytest.mark.parametrize("name", names())
+def test_poison_in_masked_slots_changes_no_bit(name, fill):
+    clean = run(load(name), *random_batch(jax.random.key(3)))
+    poisoned = run(load(name), *random_batch(jax.random.key(3), fill=fill))
+    jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(clean))
+    assert (clean["coefficient"] != 0).any()
+
+
+@pytest.mark.parametrize("name", names())
+def test_nothing_to_learn_from_is_zero_not_nan(name):
+    scores, batch = random_batch(jax.random.key(0))
+    empty = dataclasses.replace(batch, keep=jnp.zeros_like(batch.keep))
+    got = run(load(name), scores, empty)
+    assert got["value"] == 0 and not got["coefficient"].any()
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", names())
+def test_sum_over_prompts_is_the_whole(name):
+    """Micro-batches add up, with shares of the whole step."""
+    algorithm = load(name)
+    scores, batch = random_batch(jax.random.key(1), prompts=4)
+    batch = prepare(algorithm, batch)
+    whole = evaluate(algorithm.loss, scores, batch)
+    batch = dataclasses.replace(batch, share=getattr(algorithm.loss, "aggregate", token_mean)(batch.mask))
+    parts = [algorithm.loss(*select((scores, batch), jnp.array(rows))) for rows in ([0, 1], [2, 3])]
+    np.testing.assert_allclose(parts[0][0] + parts[1][0], whole.value, rtol=2e-5, atol=1e-6)
+    for key, x in whole.metrics.items():
+        if jnp.ndim(x) == 0:
+            np.testing.assert_allclose(parts[0][1][key] + parts[1][1][key], x, rtol=2e-5, atol=1e-6)
+
+
+CREDITED = [n for n in names() if isinstance(load(n).loss, PolicyLoss)]
+
+
+@pytest.mark.parametrize("name", CREDITED)
+def test_no_advantage_no_gradient(name):
+    algorithm = load(name)
+    scores, batch = random_batch(jax.random.key(2))
+    batch = dataclasses.replace(prepare(algorithm, batch), advantage=jnp.zeros(batch.mask.shape))
+    loss = dataclasses.replace(algorithm.loss, terms=())
+    got = evaluate(loss, scores, batch)
+    assert got.value == 0 and not got.coefficient.any()
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo", "dr_grpo", "rloo", "dapo", "gspo", "gspo_token", "cispo", "reinforce_pp_baseline"]
+)
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6])
+def test_equal_rewards_give_exactly_no_gradient(name, reward):
+    """Rewards whose mean rounds: the deviations must still be 0, not an ulp divided by an epsilon."""
+    algorithm = load(name) if name in ("dapo", "gspo", "gspo_token", "cispo", "dr_grpo") else load(name, kl=None)
+    scores, batch = random_batch(jax.random.key(2), size=7)
+    got = run(algorithm, scores, dataclasses.replace(batch, outcome=jnp.full_like(batch.outcome, reward)))
+    # DAPO's length punishment is a reward too; its filter drops these groups.
+    assert not got["coefficient"].any()
+
+
+@pytest.mark.parametrize("name", names())
+def test_order_of_rows_and_groups_does_not_matter(name):
+    algorithm = load(name)
+    scores, batch = random_batch(jax.random.key(5))
+    groups, rows = jnp.array([2, 0, 1]), jnp.array([3, 1, 0, 2])
+    if name == "dpo":  # one of several equally good rows is chosen by order: make them differ
+        noise = 0.1 * jax.random.uniform(jax.random.key(9), batch.outcome.shape)
+        batch = dataclasses.replace(batch, outcome=batch.outcome + noise)
+
+    def shuffled(x):
+        if jnp.ndim(x) >= 2 and x.shape[:2] == batch.outcome.shape:
+            return x[groups][:, rows]
+        return x[groups] if jnp.ndim(x) else x
+
+    plain, moved = run(algorithm, scores, batch), run(algorithm, *jax.tree.map(shuffled, (scores, batch)))
+    np.testing.assert_allclose(moved["value"], plain["value"], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(moved["coefficient"], shuffled(plain["coefficient"]), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", names())
+def test_more_padding_changes_nothing(name):
+    kwargs = {"dapo": {"limit": 5, "cache": 2}, "dr_grpo": {"max_length": 5}}.get(name, {})
+    algorithm = load(name, **kwargs)
+    scores, batch = random_batch(jax.random.key(6))
+
+    def longer(x):
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 3))) if jnp.ndim(x) == 3 else x
+
+    context = batch.rollouts.context
+    padded = jax.tree.map(longer, (scores, batch))
+    padded = (
+        padded[0],
+        dataclasses.replace(padded[1], rollouts=dataclasses.replace(padded[1].rollouts, context=context)),
+    )
+    plain, more = run(algorithm, scores, batch), run(algorithm, *padded)
+    np.testing.assert_allclose(more["value"], plain["value"], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(more["coefficient"][..., :5], plain["coefficient"], rtol=2e-4, atol=1e-5)
+    assert not more["coefficient"][..., 5:].any()
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("scale", [1e30])
+def test_extreme_rewards_are_finite(name, scale):
+    scores, batch = random_batch(jax.random.key(7))
+    got = run(load(name), scores, dataclasses.replace(batch, outcome=batch.outcome * scale))
+    assert jnp.isfinite(got["coefficient"]).all()
+
+
+@pytest.mark.parametrize("name", names())
+def test_jit_is_no_jit(name):
+    algorithm = load(name)
+    scores, batch = random_batch(jax.random.key(8))
+    eager, jitted = run(algorithm, scores, batch), jax.jit(lambda s, b: run(algorithm, s, b))(scores, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), eager, jitted)
+
+
+def test_scores_without_a_value_are_enough_without_a_critic():
+    scores, batch = random_batch(jax.random.key(8))
+    assert jnp.isfinite(run(load("grpo"), Scores(logp=scores.logp), batch)["value"])
