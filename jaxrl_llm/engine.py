@@ -18,7 +18,7 @@ from jaxrl_llm.algorithm import Algorithm, numbers, with_numbers
 from jaxrl_llm.liveness import reads
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.models.heads import Critic
-from jaxrl_llm.policy import Policy
+from jaxrl_llm.policy import EXTRAS, Policy
 from jaxrl_llm.stages import lift, write
 from jaxrl_llm.tasks.task import Task, host_verifier
 from jaxrl_llm.types import (
@@ -106,7 +106,7 @@ def learner(
     """
     length = task.response_length if response_length is None else response_length
     optimizers = {"policy": optimizer or adamw(1e-6), "critic": critic_optimizer or adamw(1e-5)}
-    sampling = jax.tree.map(jnp.asarray, sampling or Sampling())
+    sampling = jax.tree.map(_strong, sampling or Sampling())
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     if verify not in ("inside", "between"):
@@ -215,7 +215,7 @@ def learner(
         for role, grad in gradient.items():
             update, new_state[role] = optimizers[role].update(grad, opt_state[role], params[role])
             new_params[role] = optax.apply_updates(params[role], update)
-            norms["grad_norm" if role == "policy" else f"grad_norm/{role}"] = optax.global_norm(grad)
+            norms["grad_norm" if role == "policy" else f"grad_norm/{role}"] = optax.tree.norm(grad)
         return (new_params, new_state), {"loss": value, **norms, **measure.summarise(found, batch)}
 
     # --- what is given out -------------------------------------------------------------------------------------------
@@ -236,7 +236,11 @@ def learner(
             step=jnp.zeros((), jnp.int32),
             key=keys["run"],
             params=models,
-            opt_state={role: optimizers[role].init(models[role]) for role in models if role != "reference"},
+            opt_state={
+                role: jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), optimizers[role].init(models[role]))
+                for role in models
+                if role != "reference"
+            },
             memory={slot: stages[slot].init(problem) for slot in STAGES},
             # Copies: a state is donated to its first step.
             numbers=jax.tree.map(jnp.array, numbers(algorithm)),
@@ -249,7 +253,7 @@ def learner(
         state = jax.eval_shape(functools.partial(init_with, everything), jax.random.key(0))
         state, rollouts = jax.eval_shape(collect, state, prompts)
         token = jax.ShapeDtypeStruct(rollouts.tokens.shape, jnp.float32)
-        some = Scores(logp=token, entropy=token)
+        some = Scores(logp=token, entropy=token, extras=dict.fromkeys(EXTRAS, token))
 
         def recipe(state: TrainState, rollouts: Rollouts, roles: dict[str, Any]) -> Any:
             stages = _lifted(algorithm)
@@ -300,6 +304,11 @@ def learner(
 # --- parts of the step that know nothing of a run -----------------------------------------------------------------------
 
 
+def _strong(x: Any) -> Array:
+    """An array of 32 bits and no weak type: replacing it by another one compiles nothing."""
+    return jnp.asarray(x, jnp.float32 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.int32)
+
+
 def _keys(state: TrainState) -> dict[str, Array]:
     return split(jax.random.fold_in(state.key, state.step), "draw", "logged", *STAGES)
 
@@ -313,7 +322,8 @@ def _aggregate(loss: Any) -> Callable[[Array], Array]:
 
 
 def _fields(read: Scores) -> frozenset[str]:
-    return frozenset(f.name for f in dataclasses.fields(Scores) if getattr(read, f.name) is True)
+    named = {"logp": read.logp, "entropy": read.entropy, "value": read.value, **read.extras}
+    return frozenset(name for name, was_read in named.items() if was_read)
 
 
 def _draw(task: Task, key: Array, n: int) -> Prompts:

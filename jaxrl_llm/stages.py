@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrl_llm.algorithm import SLOTS, Chain
+from jaxrl_llm.rewards.basic import at_last_token
 from jaxrl_llm.types import Batch, Memory, Problem, Prompts, Stage, masked
 
 
@@ -75,7 +76,7 @@ def write(slot: str, x: Any, output: Any) -> Any:
         return dataclasses.replace(batch, keep=output.astype(bool) & old)
     output = output.astype(jnp.float32)
     if slot == "reward":
-        per = output if output.ndim == 3 else at_last(batch.mask, output)
+        per = output if output.ndim == 3 else at_last_token(batch.mask, output)
         per = masked(batch.mask, per)
         total = per.sum(-1) if output.ndim == 3 else masked(batch.rows, output)
         return dataclasses.replace(batch, reward=total, token_reward=per)
@@ -83,10 +84,3 @@ def write(slot: str, x: Any, output: Any) -> Any:
     if slot == "weight" and batch.weight is not None:
         spread = spread * batch.weight
     return dataclasses.replace(batch, **{slot: spread})
-
-
-def at_last(mask: Array, x: Array) -> Array:
-    """`[B G T]`: `x` `[B G]` at the last masked token of each row, 0 elsewhere."""
-    count = jnp.cumsum(mask, axis=-1)
-    last = mask & (count == count[..., -1:])
-    return jnp.where(last, x[..., None], 0.0)

@@ -1,0 +1,90 @@
+"""Eight virtual CPU devices for every test, and the smallest policy that has all the parts."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_llm import tasks
+from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.policy import language_model
+from jaxrl_llm.tasks.characters import character_tokenizer
+from jaxrl_llm.types import Context, Logged, Prompts
+
+TOKENIZER = character_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def task():
+    """Sorting two characters: in-graph prompts, verifier and demonstrations."""
+    return tasks.load("sorting")
+
+
+@pytest.fixture(scope="session")
+def tiny(task):
+    """A transformer of one layer over the task's vocabulary."""
+    return transformer(
+        TransformerConfig(
+            vocab_size=len(task.tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def policy(tiny):
+    return language_model(tiny)
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """The easiest task there is: answer with a letter and stop. A fresh policy is right about one time in three."""
+    return tasks.task.Task(
+        name="letters",
+        tokenizer=TOKENIZER,
+        rows=16,
+        prompt_length=3,
+        response_length=3,
+        test=lambda n: _prompts(jax.random.key(1), n),
+        draw=_prompts,
+        verify=_is_letter,
+        grade=lambda prompts, completions, **_: [float(c[:1].isalpha()) for c in completions],
+        columns=lambda prompts: {},
+        demonstrate=_demonstrate,
+    )
+
+
+def _prompts(key, n):
+    index = jax.random.randint(key, (n,), 0, 16)
+    digits = TOKENIZER.convert_tokens_to_ids("0") + index[:, None] % 10
+    tokens = jnp.concatenate([digits, digits, digits], -1).astype(jnp.int32)
+    mask = jnp.arange(3) < 1 + (index % 3)[:, None]
+    return Prompts(context=Context(tokens=tokens, mask=mask), index=index, target=index)
+
+
+def _is_letter(prompts, tokens, mask):
+    a, z = TOKENIZER.convert_tokens_to_ids("a"), TOKENIZER.convert_tokens_to_ids("z")
+    return ((tokens[..., 0] >= a) & (tokens[..., 0] <= z) & mask[..., 0]).astype(jnp.float32)
+
+
+def _demonstrate(key, prompts):
+    b, eos = prompts.index.shape[0], TOKENIZER.eos_token_id
+    rows = [[TOKENIZER.convert_tokens_to_ids(c), eos, 0] for c in "c7"]
+    return Logged(
+        tokens=jnp.broadcast_to(jnp.array(rows, jnp.int32), (b, 2, 3)),
+        mask=jnp.broadcast_to(jnp.array([True, True, False]), (b, 2, 3)),
+        reward=jnp.broadcast_to(jnp.array([1.0, 0.0]), (b, 2)),
+    )

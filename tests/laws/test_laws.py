@@ -1,0 +1,167 @@
+"""What holds for every method of the catalogue, found by looking in algorithms/."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import algorithms, checkpoint
+from jaxrl_llm.algorithm import Algorithm, describe
+from jaxrl_llm.engine import learner
+from jaxrl_llm.models.heads import critic
+from jaxrl_llm.run import run
+from jaxrl_llm.sharding import data_mesh, over_data, replicate
+from jaxrl_llm.updates.optimizer import adamw
+
+STEPS = 3
+SEED = jax.random.key(0)
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        # One worker per method, so that a method's programs are compiled once.
+        params = [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in algorithms.names()]
+        metafunc.parametrize("name", params, scope="module")
+
+
+@pytest.fixture(scope="module")
+def recipe(name):
+    return algorithms.load(name)
+
+
+@pytest.fixture(scope="module")
+def build(recipe, policy, letters, tiny):
+    def build(**changed):
+        options = {
+            "policy": policy,
+            "task": letters,
+            "critic": critic(tiny),
+            "optimizer": adamw(1e-2, max_norm=1e6),
+            "critic_optimizer": adamw(1e-2),
+            "prompts_per_step": 8,
+        }
+        return learner(recipe, **(options | changed))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def parts(build):
+    return build()
+
+
+@pytest.fixture(scope="module")
+def history(parts):
+    return run(parts, SEED, STEPS)
+
+
+def assert_same(a, b, **tolerance):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def test_is_a_recipe_with_a_source(name, recipe):
+    assert isinstance(recipe, Algorithm)
+    assert describe(recipe).startswith("Algorithm(")
+    function = algorithms.recipe(name)
+    assert function.__name__ == name
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in inspect.signature(function).parameters.values())
+    doc = inspect.getdoc(function)
+    assert "Source:" in doc and "Deviations:" in doc and "Limit:" in doc
+    assert len(inspect.getsource(inspect.getmodule(function)).splitlines()) <= 120
+
+
+def test_its_state_has_shapes_before_it_has_numbers(parts, history):
+    abstract = jax.eval_shape(parts.init, SEED)
+    assert jax.tree.structure(abstract) == jax.tree.structure(history[0])
+
+
+def test_traces_once_and_keeps_structure_and_dtypes(parts):
+    traces = 0
+
+    def counted(state):
+        nonlocal traces
+        traces += 1
+        return parts.step(state)
+
+    step = jax.jit(counted)
+    state = parts.init(SEED)
+    kinds = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+    for _ in range(STEPS):
+        state, _ = step(state)
+    assert traces == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == kinds
+
+
+def test_metrics_are_finite_scalars_and_the_policy_moves(parts, history):
+    state, metrics = history
+    assert all(x.shape == (STEPS,) and np.isfinite(x).all() for x in metrics.values()), metrics
+    start = parts.init(SEED).params["policy"]
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params["policy"]), strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e6, -1e6, 0.0])
+def test_finite_on_extreme_rewards(build, letters, scale):
+    """Rewards of a million, or all equal, or not to be scored (NaN): nothing becomes NaN."""
+
+    def verify(prompts, tokens, mask):
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        return jnp.where(rows == 0, jnp.nan, scale * letters.verify(prompts, tokens, mask))
+
+    def demonstrate(key, prompts):
+        logged = letters.demonstrate(key, prompts)
+        return dataclasses.replace(logged, reward=scale * logged.reward)
+
+    state, metrics = run(build(task=dataclasses.replace(letters, verify=verify, demonstrate=demonstrate)), SEED, 2)
+    for path, x in jax.tree.leaves_with_path((state.params, state.memory, metrics)):
+        assert np.isfinite(x).all(), jax.tree_util.keystr(path)
+
+
+def test_without_jit_it_is_the_same(parts, history):
+    state, metrics = parts.step(parts.init(SEED))
+    first = jax.tree.map(lambda x: x[0], history[1])
+    assert_same(metrics, first, rtol=1e-4, atol=1e-5)
+
+
+def test_two_seeds_at_once_are_two_runs(parts, history):
+    keys = jnp.stack([jax.random.key(1), SEED])
+    _, metrics = jax.vmap(lambda key: run(parts, key, STEPS, scan=STEPS))(keys)
+    assert_same(jax.tree.map(lambda x: x[1], metrics), history[1], rtol=1e-3, atol=1e-5)
+
+
+def test_resumes_to_the_last_bit(parts, history, tmp_path):
+    state, _ = run(parts, SEED, 1)
+    checkpoint.save(tmp_path / "state", state)
+    state = checkpoint.load(tmp_path / "state", jax.eval_shape(parts.init, SEED))
+    state, metrics = run(parts, None, STEPS - 1, state=state)
+    assert_same((state, metrics), (history[0], jax.tree.map(lambda x: x[1:], history[1])), rtol=0, atol=0)
+
+
+def test_on_eight_devices_it_is_the_same(build, history):
+    mesh = data_mesh(8)
+    parts = build(constrain=over_data(mesh))
+    state = replicate(mesh, parts.init(SEED))
+    where = jax.tree.map(lambda x: x.sharding.is_fully_replicated, state)
+    step = jax.jit(parts.step)
+    seen = []
+    for _ in range(STEPS):
+        state, metrics = step(state)
+        seen.append(metrics)
+    assert_same(jax.tree.map(lambda *xs: jnp.stack(xs), *seen), history[1], rtol=1e-3, atol=1e-5)
+    assert jax.tree.map(lambda x: x.sharding.is_fully_replicated, state) == where
+
+
+def test_learns_its_toy_task(parts):
+    state, metrics = run(parts, SEED, 60, scan=60)
+    del state
+    fresh = {"sft", "dpo"}  # learn from logged responses: their own accuracy says nothing
+    del fresh
+    reached, start = float(metrics["accuracy"][-5:].mean()), float(metrics["accuracy"][:2].mean())
+    assert reached > max(0.8, start + 0.2), (start, reached)
