@@ -115,7 +115,7 @@ def toy_rows(*, fill: float = 0.0, **fields: Any) -> tuple[Scores, Batch]:
         "outcome": jnp.array([[1.0, 0.0]]),
     }
     scores = Scores(logp=jnp.array([[[-0.3, -1.1, -1.5], [-1.0, -0.1, fill]]]))
-    return scores, toy_batch(mask=[[[1, 1, 1], [1, 1, 0]]], **(given | fields))
+    return scores, toy_batch(mask=jnp.array([[[1, 1, 1], [1, 1, 0]]]), **(given | fields))
 
 
 def random_batch(

@@ -51,7 +51,7 @@ class PreferenceLoss:
     aggregate: Callable[[Array], Array] = pair_mean
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
-        """The loss; metrics are means over pairs: `accuracy`, `margin`, `chosen`, `rejected`.
+        """The loss; metrics are means over pairs: `preference/accuracy`, `margin`, `chosen` and `rejected`.
 
         Raises:
           ValueError: `batch.share` was not computed.
@@ -64,10 +64,10 @@ class PreferenceLoss:
         low, rejected = _pick(jnp.argmin(jnp.where(rows, reward, jnp.inf), -1), reward, value)
         pair = masked((rows.sum(-1) > 1) & (high > low), batch.share.sum((-2, -1)))
         metrics = {
-            "accuracy": jnp.sum(pair * (chosen > rejected)),
-            "margin": jnp.sum(pair * (chosen - rejected)),
-            "chosen": jnp.sum(pair * chosen),
-            "rejected": jnp.sum(pair * rejected),
+            "preference/accuracy": jnp.sum(pair * (chosen > rejected)),
+            "preference/margin": jnp.sum(pair * (chosen - rejected)),
+            "preference/chosen": jnp.sum(pair * chosen),
+            "preference/rejected": jnp.sum(pair * rejected),
         }
         return jnp.sum(pair * self.objective(chosen, rejected)), metrics
 

@@ -22,9 +22,9 @@ def test_informative_keeps_mixed_groups_whole():
 
 
 def test_informative_judges_the_outcome_not_the_shaped_reward():
-    """A length penalty gives an all-wrong group a spread of rewards; it stays uninformative."""
-    batch = rows([[0, 0, 0]], reward=[[-0.1, -0.5, -1.0]])
-    assert not informative(batch).any()
+    """A bonus lifts a wrong answer over the threshold; its group stays uninformative."""
+    batch = rows([[0, 0, 0], [1, 0, 0]], reward=[[0.9, -0.5, 0.1], [0.4, -0.5, -1.0]])
+    np.testing.assert_array_equal(informative(batch)[:, 0], [False, True])
 
 
 def test_informative_leaves_out_rows_that_do_not_count():

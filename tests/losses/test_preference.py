@@ -32,8 +32,8 @@ def test_value_and_gradient_by_hand():
     gradient = got.coefficient / 30
     np.testing.assert_allclose(gradient[0, 0, :10], -0.045017, atol=1e-6)
     np.testing.assert_allclose(gradient[0, 1], 0.045017, atol=1e-6)
-    np.testing.assert_allclose(got.metrics["margin"], 2.0, rtol=1e-5)
-    np.testing.assert_allclose(got.metrics["accuracy"], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(got.metrics["preference/margin"], 2.0, rtol=1e-5)
+    np.testing.assert_allclose(got.metrics["preference/accuracy"], 1.0, rtol=1e-5)
 
 
 def test_at_the_reference_the_loss_is_log_2():
