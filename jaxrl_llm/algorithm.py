@@ -34,6 +34,16 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Stages run in order, each seeing what the ones before wrote into the slot's field. Made by `chain`."""
+
+    stages: tuple[Callable[..., Any] | Stage, ...]
+
+
+Slot = Callable[..., Any] | Stage | Chain
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """The data flow of one training step, slot by slot. See `SLOTS` for what each function is given.
@@ -53,25 +63,18 @@ class Algorithm:
       TypeError: a slot holds something that cannot be called with that slot's arguments.
     """
 
-    rollout: Callable[..., Any] | Stage
-    advantage: Callable[..., Any] | Stage
-    loss: Callable[..., Any] | Stage
-    prompt: Callable[..., Any] | Stage = as_drawn
-    reward: Callable[..., Any] | Stage = verified
-    filter: Callable[..., Any] | Stage = everything
-    weight: Callable[..., Any] | Stage = ones
-    update: Callable[..., Any] | Stage = one_pass
+    rollout: Slot
+    advantage: Slot
+    loss: Slot
+    prompt: Slot = as_drawn
+    reward: Slot = verified
+    filter: Slot = everything
+    weight: Slot = ones
+    update: Slot = one_pass
 
     def __post_init__(self) -> None:
         for slot, arguments in SLOTS.items():
             _check(slot, getattr(self, slot), arguments)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """Stages run in order, each seeing what the ones before wrote into the slot's field. Made by `chain`."""
-
-    stages: tuple[Callable[..., Any] | Stage, ...]
 
 
 def chain(*stages: Callable[..., Any] | Stage) -> Chain:
@@ -122,7 +125,8 @@ class PolicyLoss:
         """Tokens whose advantage is not 0 but whose gradient is: measured on the surrogate, whatever it is."""
         args = jax.lax.stop_gradient((ratio, logp))
         by_ratio, by_logp = jax.grad(lambda r, l: jnp.sum(self.surrogate(r, advantage, l)), argnums=(0, 1))(*args)
-        return (by_ratio == 0) & (by_logp == 0) & (advantage != 0)
+        idle: Array = (by_ratio == 0) & (by_logp == 0) & (advantage != 0)
+        return idle
 
 
 def optional(term: Callable[..., Any], *, weight: Any, **bound: Any) -> tuple[Callable[..., Any], ...]:
@@ -180,9 +184,11 @@ def _check(slot: str, value: Any, arguments: tuple[str, ...]) -> None:
         for stage in value.stages:
             _check(slot, stage, arguments)
         return
-    function, given = (value.apply, ("memory", "key", *(a for a in arguments if a != "key"))) if isinstance(
-        value, Stage
-    ) else (value, arguments)
+    function, given = (
+        (value.apply, ("memory", "key", *(a for a in arguments if a != "key")))
+        if isinstance(value, Stage)
+        else (value, arguments)
+    )
     if not callable(function):
         raise TypeError(f"{slot} needs a function of ({', '.join(arguments)}), got {value!r}")
     try:

@@ -31,7 +31,8 @@ def load(path: str | Path, like: TrainState) -> TrainState:
     if not ocp.is_orbax_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     plain = ocp.load(path, _plain(like))
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(plain))
+    state: TrainState = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(plain))
+    return state
 
 
 def _plain(state: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.types import POLICY, Batch, Metrics, Scores, masked
+from jaxrl_llm.types import POLICY, Batch, Metrics, Rollouts, Scores, masked
 
 
 def mean(mask: Array, x: Array) -> Array:
@@ -43,9 +43,16 @@ def of_batch(batch: Batch, scored: Array) -> Metrics:
         "truncated": mean(exists, rollouts.truncated),
         "entropy": mean(rollouts.mask & (rollouts.role == POLICY), rollouts.entropy),
         "advantage/abs": mean(batch.mask, jnp.abs(batch.advantage)) if batch.advantage is not None else jnp.zeros(()),
-        "tokens/generated": (rollouts.role == POLICY).sum().astype(jnp.float32),
+        "tokens/generated": generated(rollouts),
         "tokens/updated": batch.mask.sum().astype(jnp.float32),
     }
+
+
+def generated(rollouts: Rollouts) -> Array:
+    """Tokens the sampler made for these rollouts, those of discarded groups included."""
+    if rollouts.generated is not None:
+        return rollouts.generated.sum()
+    return (rollouts.role == POLICY).sum().astype(jnp.float32)
 
 
 def of_scores(scores: Scores, batch: Batch) -> Metrics:

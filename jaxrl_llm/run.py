@@ -32,8 +32,8 @@ def run(
       state: goes on from here. It is donated: do not use it afterwards.
       prompts: one `Prompts` a step, for tasks that live on the host.
       scan: steps per compiled program (`lax.scan`); must divide `num_steps`. Faster when a step is short.
-      each: called on the host after every program as `each(steps_done, state, metrics)` with metrics of its `scan` steps,
-        leading axis `scan`. The state it is given is donated to the next step: copy what you keep.
+      each: called on the host after every program, `each(steps_done, state, metrics)`, metrics having leading axis `scan`.
+        The state it is given is donated to the next step: copy what you keep.
 
     Returns:
       the final state and the metrics, each with leading axis `num_steps`.
@@ -82,4 +82,5 @@ def _program(learner: Learner, scan: int, donate: bool) -> Callable[..., tuple[T
 
 
 def _stack(batches: list[Prompts]) -> Prompts:
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+    stacked: Prompts = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+    return stacked

@@ -83,4 +83,6 @@ def write(slot: str, x: Any, output: Any) -> Any:
     spread = masked(batch.mask, jnp.broadcast_to(output if output.ndim == 3 else output[..., None], per_token))
     if slot == "weight" and batch.weight is not None:
         spread = spread * batch.weight
-    return dataclasses.replace(batch, **{slot: spread})
+    if slot == "weight":
+        return dataclasses.replace(batch, weight=spread)
+    return dataclasses.replace(batch, advantage=spread)

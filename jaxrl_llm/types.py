@@ -115,6 +115,7 @@ class Rollouts:
     truncated: Array  # [B G] bool
     sampling: Sampling  # leaves [B G]: what the log-probs are defined under
     outcome: Array | None = None  # [B G] float32: set by rollouts that asked the verifier; NaN: could not be scored
+    generated: Array | None = None  # [B] float32: tokens sampled for a group, its share of discarded ones included
     turn: Array | None = None  # [B G T] int32
     segment: Array | None = None  # [B G T] int32
     node: Array | None = None  # [B G T] int32

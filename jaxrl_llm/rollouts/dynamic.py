@@ -13,7 +13,7 @@ from jax import Array
 from jaxrl_llm.stats import mixed
 from jaxrl_llm.types import Prompts, Rollouts, World
 
-Carry = tuple[Array, Rollouts, Array]  # round, the groups so far, what each is worth
+Carry = tuple[Array, Rollouts, Array, Array]  # round, the groups so far, what each is worth, tokens sampled
 
 # How much a slot of the buffer is worth keeping, the least first.
 _INFORMATIVE, _UNINFORMATIVE, _EMPTY = range(3)
@@ -51,10 +51,10 @@ def sample_until_informative(
     draw = functools.partial(_round, world, jax.random.split(key, rounds), chunks, size, threshold)
     shapes, _ = jax.eval_shape(draw, jnp.zeros((), jnp.int32))
     empty: Rollouts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    start = (jnp.zeros((), jnp.int32), empty, jnp.full(total // rounds, _EMPTY))
+    start = (jnp.zeros((), jnp.int32), empty, jnp.full(total // rounds, _EMPTY), jnp.zeros(()))
     groups: Rollouts
-    _, groups, _ = jax.lax.while_loop(functools.partial(_unfinished, rounds), functools.partial(_fill, draw), start)
-    return groups
+    _, groups, _, sampled = jax.lax.while_loop(functools.partial(_unfinished, rounds), functools.partial(_fill, draw), start)
+    return dataclasses.replace(groups, generated=jnp.full(total // rounds, sampled / (total // rounds)))
 
 
 def _round(
@@ -69,12 +69,14 @@ def _round(
 
 
 def _unfinished(rounds: int, carry: Carry) -> Array:
-    i, _, worth = carry
+    i, _, worth, _ = carry
     return (i < rounds) & (worth != _INFORMATIVE).any()
 
 
 def _fill(draw: Callable[[Array], tuple[Rollouts, Array]], carry: Carry) -> Carry:
-    i, buffer, worth = carry
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (buffer, worth), draw(i))
+    i, buffer, worth, sampled = carry
+    drawn = draw(i)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (buffer, worth), drawn)
     best = jnp.argsort(both[1], stable=True)[: worth.shape[0]]
-    return i + 1, *jax.tree.map(lambda x: x[best], both)
+    buffer, worth = jax.tree.map(lambda x: x[best], both)
+    return i + 1, buffer, worth, sampled + drawn[0].mask.sum()
