@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -70,6 +73,29 @@ def shared_prefix(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array
     out += jnp.einsum("mrkgqu,mrukd->mrqkgd", near.astype(ov.dtype), ov, preferred_element_type=jnp.float32)
     out /= jnp.moveaxis(total, -1, 2)[..., None]
     return out.reshape(m, r, n, heads, dim).astype(pv.dtype)
+
+
+def write(x: Array, new: Array, index: Array, axis: int) -> Array:
+    """`x` with the slice `new` (without `axis`, which is negative) at `index` `[]`: an update in place inside a loop.
+
+    Under `vmap` with one `index` for all members it stays one; JAX would make it a scatter, which copies `x`.
+    """
+    written: Array = _write(axis)(x, new, index)
+    return written
+
+
+@functools.cache
+def _write(axis: int) -> Any:
+    def plain(x: Array, new: Array, index: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.expand_dims(new, axis), index, x.ndim + axis)
+
+    def batched(size: int, in_batched: list[bool], x: Array, new: Array, index: Array) -> tuple[Array, bool]:
+        x, new = (y if b else jnp.broadcast_to(y, (size, *y.shape)) for y, b in zip((x, new), in_batched, strict=False))
+        return (jax.vmap(plain)(x, new, index) if in_batched[2] else write(x, new, index, axis)), True
+
+    one_index = jax.custom_batching.custom_vmap(plain)
+    one_index.def_vmap(batched)
+    return one_index
 
 
 def one_token(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array, Array, Array]) -> Array:

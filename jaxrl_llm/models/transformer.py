@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxrl_llm.models.attention import causal, one_token, rotary, rotate, shared_prefix
+from jaxrl_llm.models.attention import causal, one_token, rotary, rotate, shared_prefix, write
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.types import Context, PyTree
 
@@ -175,7 +175,12 @@ def transformer(config: TransformerConfig) -> Model:
         return bind(_attend_self).apply({"params": params}, hidden, method="unembed")
 
     def prefill(params: PyTree, prefix: Context) -> Cache:
-        positions = jnp.broadcast_to(jnp.arange(prefix.tokens.shape[-1]), prefix.tokens.shape)
+        m, s = prefix.tokens.shape
+        heads, dim = c.num_key_value_heads, c.head_dim
+        if s == 0:
+            nothing = jnp.zeros((m, heads, dim, 0), c.dtype), jnp.zeros((m, heads, 0, dim), c.dtype)
+            return [nothing] * c.num_hidden_layers
+        positions = jnp.broadcast_to(jnp.arange(s), (m, s))
         kept = bind(_attend_keep).apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
         return [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(c.num_hidden_layers)]
 
@@ -197,16 +202,17 @@ def transformer(config: TransformerConfig) -> Model:
     ) -> tuple[Array, Cache]:
         outer = {"params": {k: v for k, v in params.items() if k != "layers"}}
         whole = bind(_attend_self)
-        x = whole.apply(outer, inputs, method="embedding")
+        x: Any = whole.apply(outer, inputs, method="embedding")
         position = offset[:, None] + jnp.broadcast_to(t, inputs.shape)
         angles = rotary(position, c.head_dim, c.rope_theta)
         block = Block(c, _attend_cache)
-        new = []
+        new: list[Any] = []
         for i, layer in enumerate(params["layers"]):
             seen = (*prefix[i], mask, *cache[i], t, t if column is None else column)
             x, kept = block.apply({"params": layer}, x, angles, seen)
             new.append(kept)
-        return whole.apply(outer, x, method="final"), new
+        x = whole.apply(outer, x, method="final")
+        return x, new
 
     return Model(
         vocab=c.vocab_size,
@@ -249,7 +255,6 @@ def _attend_cache(q: Array, k: Array, v: Array, seen: Any) -> tuple[Array, tuple
         ck = jnp.where(here[..., None, :], k[..., None], ck)
         cv = jnp.where(here[..., None], v[..., None, :], cv)
     else:
-        ck = jax.lax.dynamic_update_slice_in_dim(ck, k[..., None], column, axis=4)
-        cv = jax.lax.dynamic_update_slice_in_dim(cv, v[..., None, :], column, axis=3)
+        ck, cv = write(ck, k, column, -1), write(cv, v, column, -2)
     own = (column[..., None] - place) % ck.shape[-1] <= t[..., None]
     return one_token(q, (pk, pv, pmask), (ck, cv, own)), (ck, cv)

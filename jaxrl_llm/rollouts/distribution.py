@@ -161,11 +161,13 @@ def _search(y: Array, weight: Array | None, low: Array, target: Array, on: Array
     upper = jnp.where(on, 1, lower)
     count = functools.partial(jnp.sum, axis=-1, keepdims=True, dtype=jnp.int32)
 
-    def undecided(ends: tuple[Array, ...]) -> Array:
+    Ends = tuple[Array, Array, Array, Array]
+
+    def undecided(ends: Ends) -> Array:
         lower, upper, at_lower, at_upper = ends
         return jnp.any((upper - lower > 1) & (at_lower - at_upper > 1))
 
-    def halve(ends: tuple[Array, ...]) -> tuple[Array, ...]:
+    def halve(ends: Ends) -> Ends:
         lower, upper, at_lower, at_upper = ends
         middle = lower + (upper - lower) // 2
         inside = y >= _number(middle)

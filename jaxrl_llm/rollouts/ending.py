@@ -32,7 +32,7 @@ class Ending:
         return jnp.full((*shape, max(map(len, self.stop), default=0)), -1, jnp.int32)
 
     def __call__(self, recent: Array, token: Array) -> tuple[Array, Array]:
-        """`recent` `[... L]` and the new `token` `[...]` -> the new `recent`, whether the response ends `[...]` bool."""
+        """`recent` `[... L]`, the new `token` `[...]` -> the new `recent`, whether the response ends `[...]` bool."""
         recent = jnp.concatenate([recent, token[..., None]], axis=-1)[..., 1:]
         end = jnp.zeros(token.shape, bool)
         for one in self.eos:
@@ -42,16 +42,21 @@ class Ending:
         return recent, end
 
 
-@jax.custom_batching.custom_vmap
 def anywhere(x: Array) -> Array:
     """Whether any of `x` `[...]` is True; under `vmap`, in any member of the batch.
 
     As the condition of a loop it keeps one counter for all members: a condition of their own would turn the counter,
     and with it every write to a cache, into a batched one.
     """
+    found: Array = _anywhere(x)
+    return found
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(x: Array) -> Array:
     return jnp.any(x)
 
 
-@anywhere.def_vmap
+@_anywhere.def_vmap
 def _anywhere_batched(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Any, bool]:
-    return anywhere(x), False
+    return _anywhere(x), False

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrl_llm.models.attention import write
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.rollouts.distribution import draw
 from jaxrl_llm.rollouts.ending import Ending, anywhere
@@ -44,8 +45,9 @@ class _Slots:
 def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slots: int) -> Samples:
     """Samples `M * R` rows, `slots` (fewer than that) at a time; a row that ends is replaced before the next step.
 
-    All slots write their keys and values to one column of a cache that is used in a circle, whatever the length of their
-    rows, so that a step moves no more data than without refill. Results are logged by step and put in order at the end.
+    All slots write their keys and values to one column of a cache that is used in a circle, whatever the length of
+    their rows, so that a step moves no more data than without refill. Results are logged by step and put in order at
+    the end.
 
     Returns:
       samples `[M R T]`.
@@ -83,7 +85,7 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
             cache=cache,
             place=state.place,
             written=tuple(
-                lax.dynamic_update_index_in_dim(x, y, state.i, 0) for x, y in zip(state.written, new, strict=True)
+                write(x, y, state.i, -2) for x, y in zip(state.written, new, strict=True)
             ),
         )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxrl_llm.models.attention import write
 from jaxrl_llm.models.model import Cache, Model, prefix_of
 from jaxrl_llm.rollouts.distribution import draw, uniform
 from jaxrl_llm.rollouts.ending import Ending, anywhere
@@ -57,7 +58,9 @@ def sample(
         raise ValueError(f"context must be [B C S] with B={b} and C 1 or G={g} to fit keys, got {context.tokens.shape}")
     if length < 1 or (slots is not None and slots < 1):
         raise ValueError(f"length and slots must be at least 1, got length={length}, slots={slots}")
-    m, r = b * c, g // c if c else 0
+    if b * g == 0:
+        return _nothing((b, g), length)
+    m, r = b * c, g // c
     ending = Ending(eos=tuple(eos), stop=tuple(map(tuple, stop)))
     prefix, offset, last = prefix_of(jax.tree.map(lambda x: x.reshape(m, s), context))
     steps = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys.reshape(-1), jnp.arange(length))
@@ -73,7 +76,18 @@ def sample(
         samples = _at_once(model, params, pending, ending)
     else:
         samples = refilled(model, params, pending, ending, slots)
-    return jax.tree.map(lambda x: x.reshape(b, g, *x.shape[2:]), samples)
+    return Samples(**{name: x.reshape(b, g, *x.shape[2:]) for name, x in vars(samples).items()})
+
+
+def _nothing(shape: tuple[int, int], length: int) -> Samples:
+    zeros = functools.partial(jnp.zeros, (*shape, length))
+    return Samples(
+        tokens=zeros(jnp.int32),
+        mask=zeros(bool),
+        logp=zeros(jnp.float32),
+        entropy=zeros(jnp.float32),
+        truncated=jnp.zeros(shape, bool),
+    )
 
 
 @record
@@ -104,7 +118,7 @@ def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> 
         drawn = draw(numbers[t], model.logits(params, hidden), pending.sampling)
         recent, ends = ending(rows.recent, drawn[0])
         new = (*(jnp.where(alive, x, 0) for x in drawn), alive)
-        written = tuple(lax.dynamic_update_index_in_dim(x, y, t, 0) for x, y in zip(rows.written, new, strict=True))
+        written = tuple(write(x, y, t, -3) for x, y in zip(rows.written, new, strict=True))
         return _Rows(t=t + 1, cache=cache, current=new[0], alive=alive & ~ends, recent=recent, written=written)
 
     zeros = functools.partial(jnp.zeros, (length, m, r))

@@ -30,9 +30,7 @@ def reference(logits, temperature, top_k, top_p, min_p):
     return keep, special.softmax(np.where(keep, z, -np.inf))
 
 
-SETTINGS = list(
-    itertools.product([0.7, 1.0, 1.3], [None, 0, -1, 1, 5, 1000], [None, 1.0, 0.8, 0.05], [None, 0.0, 0.1])
-)
+SETTINGS = list(itertools.product([0.7, 1.0, 1.3], [None, 0, -1, 1, 5, 1000], [None, 1.0, 0.8, 0.05], [None, 0.0, 0.1]))
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +62,15 @@ def test_filtered_is_temperature_then_top_k_then_top_p_then_min_p(logits):
 def test_absent_filters_equal_filters_switched_off(logits):
     off = Sampling(temperature=jnp.array(0.7), top_k=jnp.array(-1), top_p=jnp.array(1.0), min_p=jnp.array(0.0))
     tokens = jnp.arange(6)
-    for a, b in zip(
-        log_prob(logits, tokens, Sampling(temperature=0.7)), log_prob(logits, tokens, off), strict=True
-    ):
+    for a, b in zip(log_prob(logits, tokens, Sampling(temperature=0.7)), log_prob(logits, tokens, off), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_rows_may_have_their_own_settings(logits):
     each = Sampling(
-        temperature=jnp.array([0.7, 1, 1.3, 1, 0, 1]), top_k=jnp.array([0, 3, 0, -1, 0, 2]), top_p=jnp.array([0.5, 1, 1, 0.9, 1, 0.9])
+        temperature=jnp.array([0.7, 1, 1.3, 1, 0, 1]),
+        top_k=jnp.array([0, 3, 0, -1, 0, 2]),
+        top_p=jnp.array([0.5, 1, 1, 0.9, 1, 0.9]),
     )
     got = filtered(logits, each)
     for i in range(6):
@@ -90,7 +88,9 @@ def test_a_filter_that_is_off_is_not_executed():
 def test_log_prob_and_entropy_of_every_setting(logits):
     tokens = jnp.argmax(logits, -1)
     logp, entropy = jax.jit(log_prob)(
-        jnp.broadcast_to(logits, (len(SETTINGS), *logits.shape)), jnp.broadcast_to(tokens, (len(SETTINGS), 6)), stacked(SETTINGS)
+        jnp.broadcast_to(logits, (len(SETTINGS), *logits.shape)),
+        jnp.broadcast_to(tokens, (len(SETTINGS), 6)),
+        stacked(SETTINGS),
     )
     for n, setting in enumerate(SETTINGS):
         for i in range(6):
