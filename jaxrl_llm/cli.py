@@ -2,51 +2,153 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import logging
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from jaxrl_llm.job import SHIPPED, TrainConfig, train
-from jaxrl_llm.tasks.jsonl import DataError
+from jaxrl_llm import algorithms, tasks
+from jaxrl_llm.job import SHIPPED, TrainConfig, execute, prepare
 
 # The first run of a stranger: the shipped policy knows the form of column addition and mostly forgets the carry.
 QUICKSTART = TrainConfig(
     task="arithmetic",
+    task_options={"digits": 4},
     policy=SHIPPED,
     run=Path("runs/quickstart"),
     overwrite=True,
     algorithm="grpo",
-    set={"group_size": "8", "kl": "0"},
+    set={"group_size": 8, "kl": None},
     steps=120,
     prompts_per_step=16,
-    learning_rate=3e-4,
+    learning_rate=1e-4,
     eval_every=20,
 )
 
+DESCRIPTION = """Reinforcement learning on language models.
 
-def main() -> None:
-    """Entry point; bad input ends in one line on stderr and exit status 2."""
-    commands = {
-        "train": tyro.conf.OmitArgPrefixes[TrainConfig],
-        "quickstart": tyro.conf.OmitArgPrefixes[TrainConfig],
-    }
-    del commands
-    config = tyro.extras.overridable_config_cli(
-        {
-            "train": ("Train a policy by reinforcement learning on a task.", TrainConfig()),
-            "quickstart": ("The shipped policy learns multi-digit addition by GRPO.", QUICKSTART),
-        },
-        prog="jaxrl-llm",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    assert dataclasses.is_dataclass(config)
+    jaxrl-llm quickstart
+    jaxrl-llm quickstart --seed 1 --algorithm rloo --run runs/rloo
+    jaxrl-llm train --task countdown --steps 500 --learning-rate 1e-4
+    jaxrl-llm train --task gsm8k --data FOLDER --policy FOLDER --set group_size=16 clip=0.2 kl=none
+
+A run leaves a folder: config.json, metrics.jsonl, summary.json, transcripts.json, checkpoint/, policy/, curve.png.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status 2, and one line on stderr, where the input cannot be used."""
+    # transformers is here for its tokenizers; that there is no PyTorch is as it should be.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = parse(arguments)
     try:
-        train(config)
-    except (DataError, FileExistsError, FileNotFoundError, ValueError, TypeError) as error:
-        print(f"jaxrl-llm: {type(error).__name__}: {error}", file=sys.stderr)
+        with _quiet("jaxrl_llm.tasks"):  # the run shows the task's report itself
+            job = prepare(config)
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):  # not the user's; a missing extra is an ImportError in words
+            raise
+        print(f"jaxrl-llm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    try:
+        execute(job)
+    except KeyboardInterrupt:
+        print(f"jaxrl-llm: interrupted; {config.run}/metrics.jsonl holds the steps so far", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration a command line (`sys.argv` if None) asks for. Exits with status 2 where it is none."""
+    named = f"Algorithms: {', '.join(algorithms.names())}.\nTasks: {', '.join(tasks.names())}."
+    config: TrainConfig = tyro.extras.subcommand_cli_from_dict(
+        {"train": _train, "quickstart": _quickstart},
+        prog="jaxrl-llm",
+        description=f"{DESCRIPTION}\n{named}",
+        args=arguments,
+        registry=_pairs(),
+    )
+    return config
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _train(config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()) -> TrainConfig:  # noqa: B008, frozen
+    """Train a policy on a task by reinforcement learning."""
+    return config
+
+
+def _quickstart(config: tyro.conf.OmitArgPrefixes[TrainConfig] = QUICKSTART) -> TrainConfig:
+    """The shipped policy learns addition by GRPO: the same job as `train` with other defaults."""
+
+    def merged(field: str, of: str) -> dict[str, Any]:
+        default: dict[str, Any] = getattr(QUICKSTART, field)
+        given: dict[str, Any] = getattr(config, field)
+        if getattr(config, of) == getattr(QUICKSTART, of):
+            return default | given  # naming one argument leaves the others as they are
+        return {} if given is default else given  # another recipe or task has other arguments
+
+    return dataclasses.replace(
+        config, set=merged("set", "algorithm"), task_options=merged("task_options", "task")
+    )
+
+
+def _pairs() -> tyro.constructors.ConstructorRegistry:
+    """Reads `dict[str, Any]` as `name=value name=value`."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if info.type is not dict and info.type != dict[str, Any]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME=VALUE ...]",
+            instance_from_str=_parsed,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda pairs: [f"{name}={_shown(value)}" for name, value in pairs.items()],
+        )
+
+    return registry
+
+
+def _parsed(pairs: list[str]) -> dict[str, Any]:
+    """Numbers, true, false and none are what they look like, everything else is text."""
+    result = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise ValueError(f"expected NAME=VALUE, got {pair!r}")
+        result[name.strip().replace("-", "_")] = _value(value.strip())
+    return result
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,13 +14,13 @@ from jax import Array
 
 from jaxrl_llm.policy import Policy
 from jaxrl_llm.tasks.task import Task, decode_prompts, decode_responses, host_verifier
-from jaxrl_llm.types import Prompts, PyTree, Sampling, Samples
+from jaxrl_llm.types import Prompts, PyTree, Samples, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 
 
 class Evaluation(NamedTuple):
-    """accuracy, reward: means over the problems that could be scored; transcripts: the first few, as text."""
+    """accuracy, reward: means over the problems that could be scored, NaN if none; transcripts: the first few."""
 
     accuracy: float
     reward: float
@@ -49,8 +50,9 @@ def evaluator(
       transcripts: how many to keep as text.
     """
     length = task.response_length if response_length is None else response_length
-    held_out = task.test(problems)
+    held_out = task.test(problems if task.report is None else min(problems, task.report.test))
     total = held_out.index.shape[0]
+    batch = min(batch, total)
     sampling = jax.tree.map(jnp.asarray, sampling)
     grade = task.verify if task.verify is not None else host_verifier(task)
 
@@ -81,9 +83,10 @@ def evaluator(
                 )
                 texts += [{"prompt": p, "response": r[0], "reward": float(s)} for p, r, s in words]
         score = np.concatenate(scores)
+        scored = score[~np.isnan(score)]
         return Evaluation(
-            accuracy=float(np.nanmean(score >= 1.0)),
-            reward=float(np.nanmean(score)),
+            accuracy=float((scored >= 1.0).mean()) if scored.size else math.nan,
+            reward=float(scored.mean()) if scored.size else math.nan,
             length=float(np.concatenate(lengths).mean()),
             problems=total,
             transcripts=texts[:transcripts],
