@@ -30,4 +30,4 @@ environment tunix "google-tunix==0.1.7 jax==0.10.2 flax==0.12.8 transformers==5.
 
 echo "== checkpoints"
 BENCH_CKPT=$dir/ckpt "$dir/trl/bin/python" "$here/make_model.py"
-echo "done: BENCH_CKPT=$dir/ckpt $dir/trl/bin/python $here/trl_grpo.py --size tiny --steps 12"
+printf "done: BENCH_CKPT=%q %q %q --size tiny --steps 12\n" "$dir/ckpt" "$dir/trl/bin/python" "$here/trl_grpo.py"
