@@ -61,7 +61,7 @@ def letters():
         test=lambda n: _prompts(jax.random.key(1), n),
         draw=_prompts,
         verify=_is_letter,
-        grade=lambda prompts, completions, **_: [float(c[:1].isalpha()) for c in completions],
+        grade=lambda prompts, completions, **_: [float(c[:1].islower()) for c in completions],
         columns=lambda prompts: {},
         demonstrate=_demonstrate,
     )
