@@ -47,8 +47,8 @@ def counting(
     check_knob("counting", "partial_credit", partial_credit, 0, 0.999)
     if not marks or len(set(marks)) < len(marks) or set(marks) & set("0123456789*:") or not set(marks) <= set(ch.IDS):
         raise ValueError(f"counting: marks must be distinct characters other than digits, * and :, got {marks!r}")
-    if len(marks) * maximum < 64:
-        raise ValueError(f"counting: {len(marks)} marks and maximum={maximum} make too few problems to split")
+    if len(marks) * min(mean, maximum) < 32:
+        raise ValueError(f"counting: {len(marks)} marks, mean={mean}, maximum={maximum}: too few problems to split")
     width = len(str(maximum))
     return procedural_task(
         name="counting",

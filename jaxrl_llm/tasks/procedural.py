@@ -107,7 +107,7 @@ def _draw(
 
     def one(key: Array) -> Prompts:
         def redraw(state: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
-            return state[0] + 1, propose(jax.random.bits(jax.random.fold_in(key, state[0]), (words,)))
+            return state[0] + 1, propose(jax.random.bits(jax.random.fold_in(key, state[0]), (words,), jnp.uint32))
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(redraw, (jnp.int32(0), None))[1])
         _, problem = jax.lax.while_loop(again, redraw, (jnp.int32(0), nothing))
@@ -126,6 +126,6 @@ def _verify(judge: Callable[[PyTree, Array, Array], Array], prompts: Prompts, to
 
 
 def _demonstrate(solve: Callable[[Array, PyTree], tuple[Piece, Piece]], key: Array, prompts: Prompts) -> Logged:
-    right, wrong = jax.vmap(solve)(jax.random.bits(key, prompts.index.shape), prompts.target)
+    right, wrong = jax.vmap(solve)(jax.random.bits(key, prompts.index.shape, jnp.uint32), prompts.target)
     tokens, mask = (jnp.stack(pair, axis=1) for pair in zip(right, wrong, strict=True))
     return Logged(tokens=tokens, mask=mask, reward=jnp.broadcast_to(jnp.array([1.0, 0.0]), tokens.shape[:2]))

@@ -183,6 +183,17 @@ def test_problems_that_differ_in_order_only_share_a_split_and_a_row():
     assert all(len(found) == 1 for found in rows.values()) and len({min(r) for r in rows.values()}) > 40
 
 
+def test_64_bit_mode_changes_nothing():
+    task = tasks.load("counting")
+    test, train = task.test(8), task.draw(jax.random.key(0), 8)
+    with jax.enable_x64(True):
+        jax.tree.map(np.testing.assert_array_equal, test, tasks.load("counting").test(8))
+        wide = jax.jit(task.draw, static_argnums=1)(jax.random.key(0), 8)
+        jax.tree.map(np.testing.assert_array_equal, train, wide)
+        logged = jax.jit(task.demonstrate)(jax.random.key(1), wide)
+        np.testing.assert_array_equal(task.verify(wide, logged.tokens, logged.mask), logged.reward)
+
+
 def test_test_problems_are_always_the_same():
     task = tasks.load("arithmetic", digits=2)
     with jax.default_prng_impl("rbg"):
@@ -231,6 +242,7 @@ def test_long_tail_has_the_mean_and_maximum_asked_for():
         ("counting", {"mean": 1.0}, "mean must be from 2"),
         ("counting", {"marks": "1"}, "marks must be distinct characters"),
         ("counting", {"marks": "|", "maximum": 8}, "too few problems"),
+        ("counting", {"marks": "|", "mean": 2.0}, "too few problems"),
     ],
 )
 def test_knobs_out_of_range_are_refused(name, knobs, message):

@@ -49,6 +49,7 @@ def test_arithmetic():
         "> 933$": 0.0,
         ">933@$": 0.0,
         "@>933$": 1.0,
+        "@933$": 0.0,
         ">933>$": 0.0,
         ">+933$": 0.0,
         ">933.0$": 0.0,
@@ -153,7 +154,7 @@ def test_sorting(rule, right):
 
 
 def test_counting():
-    task = tasks.load("counting", marks="|a", partial_credit=0.5)
+    task = tasks.load("counting", marks="|a", mean=20.0, partial_credit=0.5)
     expected = {"||||$": 1.0, "||||": 1.0, "|||$|": 0.5, "|||||$": 0.5, "||a|$": 0.0, "|||| $": 0.0, "$": 0.0, "": 0.0}
     assert verdicts(task, {"count": 4, "mark": ch.IDS["|"]}, list(expected)) == expected
 
