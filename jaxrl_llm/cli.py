@@ -28,8 +28,8 @@ QUICKSTART = TrainConfig(
     set={"group_size": 8, "kl": None},
     steps=120,
     prompts_per_step=16,
-    learning_rate=1e-4,
-    eval_every=20,
+    learning_rate=6e-5,
+    eval_every=10,
 )
 
 DESCRIPTION = """Reinforcement learning on language models.

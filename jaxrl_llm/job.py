@@ -126,10 +126,8 @@ def prepare(config: TrainConfig) -> Job:
             params=None,
             tokenizer=task.tokenizer,
         )
-    from transformers import AutoTokenizer
-
     model, params = hf.load(config.policy)
-    tokenizer = AutoTokenizer.from_pretrained(str(config.policy), local_files_only=True)
+    tokenizer = _tokenizer(config.policy)
     task = _task(config, tokenizer)
     if model.vocab_size < len(tokenizer):
         raise ValueError(f"{config.policy}: the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}")
@@ -298,6 +296,21 @@ def _task(config: TrainConfig, tokenizer: Any) -> Task:
     return task
 
 
+def _tokenizer(folder: Path) -> Any:
+    """What `tokenizer.json` says, to the letter, unless the folder names a family's own class.
+
+    For some model types AutoTokenizer puts its own rules in the place of those in the file.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+    except FileNotFoundError:
+        named = None
+    plain = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file()
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(str(folder), local_files_only=True)
+
+
 def _small(vocab: int) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=vocab,
@@ -307,7 +320,6 @@ def _small(vocab: int) -> TransformerConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        qkv_bias=True,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-INK, MUTED, REWARD, HELD_OUT, ENTROPY = "#222222", "#8a8a8a", "#9ecae1", "#c0392b", "#6a51a3"
+MUTED, REWARD, HELD_OUT, ENTROPY = "#8a8a8a", "#2171b5", "#c0392b", "#6a51a3"
 
 
 def curve(folder: str | Path) -> Path | None:
@@ -33,26 +33,26 @@ def curve(folder: str | Path) -> Path | None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), constrained_layout=True)
     steps, reward = _series(rows, "reward/mean")
-    left.plot(steps, reward, color=REWARD, lw=0.8)
-    left.plot(steps, _smooth(reward), color="#2171b5", lw=1.8, label="reward of rollouts (sampled)")
+    left.plot(steps, reward, color=REWARD, lw=0.8, alpha=0.35)
+    left.plot(steps, _smooth(reward), color=REWARD, lw=1.8, label="reward of rollouts (sampled)")
     evaluations = [{"step": int(step), **values} for step, values in summary["evaluations"].items()]
     tested, accuracies = _series(sorted(evaluations, key=lambda e: e["step"]), "accuracy")
     left.plot(tested, accuracies, "o-", color=HELD_OUT, ms=4, label="held-out accuracy (greedy)")
     place = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "color": HELD_OUT}
     for i in sorted({0, len(tested) - 1}) if len(tested) else ():
         left.annotate(f"{accuracies[i]:.2f}", (tested[i], accuracies[i]), fontsize=8, **place)
-    left.set(title="What it learnt", xlabel="training step", ylim=(-0.08, 1.05))
+    left.set(xlabel="training step", ylim=(-0.08, 1.05))
 
     steps, entropy = _series(rows, "entropy")
     right.plot(steps, entropy, color=ENTROPY, lw=1.2, label="entropy (nats per token)")
-    right.set(title="How", xlabel="training step", ylim=(0, None))
+    right.set(xlabel="training step", ylim=(0, None))
     other = right.twinx()
     steps, flat = _series(rows, "zero_variance_groups")
     other.plot(steps, _smooth(flat), color=MUTED, lw=1.2, ls="--", label="groups without contrast")
     other.set(ylim=(0, 1.02), ylabel="share of groups")
     right.set_ylabel("nats")
-    _finish(left, [left])
-    _finish(right, [right, other])
+    _finish([left])
+    _finish([right, other])
     path = folder / "curve.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -70,12 +70,13 @@ def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _finish(axis: Any, axes: list[Any]) -> None:
+def _finish(axes: list[Any]) -> None:
     lines = [line for each in axes for line in each.get_lines() if not line.get_label().startswith("_")]
-    axes[-1].legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8)
+    # Above the picture, where no curve can run through it.
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncol": len(lines)}
+    axes[-1].legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, **place)
     for each in axes:
         each.spines["top"].set_visible(False)
         each.tick_params(labelsize=8)
         if len(axes) == 1:
             each.spines["right"].set_visible(False)
-    axis.title.set_fontsize(10)

@@ -38,7 +38,6 @@ POLICY = TransformerConfig(
     num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=32,
-    qkv_bias=True,
 )
 
 
@@ -52,7 +51,7 @@ class Config:
     """Digits of each of the two numbers."""
     right: float = 0.3
     """How often a carry is remembered, independently in each column."""
-    steps: int = 1200
+    steps: int = 1000
     """Optimiser steps."""
     batch: int = 32
     """Problems per step."""
@@ -140,7 +139,7 @@ def measure(task: Task, params: PyTree) -> dict[str, float]:
 
 CARD = """# Quickstart policy
 
-A decoder of {millions:.2f} M parameters (Qwen2 architecture, {vocab} characters as tokens) that adds two numbers of
+A decoder of {millions:.2f} M parameters (Llama architecture, {vocab} characters as tokens) that adds two numbers of
 {digits} digits column by column, `347+586=` -> `7+6=13;4+8+1=13;3+5+1=9>933`, and mostly forgets to carry. It exists to
 be corrected by reinforcement learning in a few minutes on a laptop: `bash scripts/quickstart.sh`.
 
@@ -174,6 +173,8 @@ def main(config: Config) -> None:
         print(f"{name}: {value:.3f}")
     hf.save(config.out, POLICY, jax.device_get(params), tokenizer=task.tokenizer)
     (config.out / "MODEL_CARD.md").write_text(card(config, params, measured))
+    for path in config.out.iterdir():
+        path.chmod(0o644)
     print(f"wrote {config.out}")
 
 
