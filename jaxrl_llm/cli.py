@@ -26,9 +26,9 @@ QUICKSTART = TrainConfig(
     overwrite=True,
     algorithm="grpo",
     set={"group_size": 8, "kl": None},
-    steps=120,
+    steps=100,
     prompts_per_step=16,
-    learning_rate=6e-5,
+    learning_rate=1e-4,
     eval_every=10,
 )
 
