@@ -21,7 +21,7 @@ from jaxrl_llm.policy import language_model
 from jaxrl_llm.progress import sparkline
 from jaxrl_llm.tasks.host import byte_pair_tokenizer
 
-SMALL = ["--steps", "3", "--prompts-per-step", "2", "--set", "group_size=2", "--eval-problems", "16"]
+SMALL = ["--steps", "3", "--prompts-per-step", "4", "--set", "group_size=4", "--eval-problems", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_quickstart_leaves_what_it_promises(finished):
 
     written = json.loads((finished / "config.json").read_text())
     assert set(written["config"]) == {field.name for field in dataclasses.fields(job.TrainConfig)}
-    assert written["config"]["set"] == {"group_size": 2, "kl": None}
+    assert written["config"]["set"] == {"group_size": 4, "kl": None}
     assert written["config"]["task_options"] == cli.QUICKSTART.task_options
     assert "clip_min" in written["recipe"] and "kl_to_reference" not in written["recipe"]
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -100,7 +100,7 @@ def test_quickstart_leaves_what_it_promises(finished):
 def test_quickstart_checkpoint_and_policy_are_the_trained_ones(finished, shipped):
     _, trained = hf.load(finished / "policy")
     assert not _equal(trained, shipped[1])
-    config = dataclasses.replace(cli.QUICKSTART, steps=3, prompts_per_step=2, set={"group_size": 2, "kl": None}, seed=3)
+    config = dataclasses.replace(cli.QUICKSTART, steps=3, prompts_per_step=4, set={"group_size": 4, "kl": None}, seed=3)
     prepared = job.prepare(dataclasses.replace(config, run=finished.parent / "other"))
     like = jax.eval_shape(job.learner_of(prepared).init, jax.random.key(0))
     state = checkpoint.load(finished / "checkpoint", like)
