@@ -106,23 +106,25 @@ def one_token(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array, Ar
     Args:
       q: `[M R H d]`.
       prefix: keys `[M K d S]`, values `[M K S d]`, mask `[M S]` bool.
-      own: keys `[M R K d U]`, values `[M R K U d]`, mask broadcastable to `[M R U]` bool.
+      own: keys `[M R K d U]`, values `[M R K U d]`, their leading axes merged in any way; mask broadcastable to
+        `[M R U]` bool.
 
     Returns:
       `[M R H d]`.
     """
     pk, pv, pmask = prefix
     ok, ov, omask = own
-    m, r, heads, dim = q.shape
-    kv = pk.shape[1]
-    q = (q * dim**-0.5).astype(q.dtype).reshape(m, r, kv, heads // kv, dim)
-    far = jnp.einsum("mrkgd,mkds->mkrgs", q, pk, preferred_element_type=jnp.float32)
-    near = jnp.einsum("mrkgd,mrkdu->mrkgu", q, ok, preferred_element_type=jnp.float32)
+    (m, r, heads, dim), kv, lead = q.shape, pk.shape[1], ok.shape[:-2]
+    groups, s, u = heads // kv, pk.shape[-1], ok.shape[-1]
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    q = (q * dim**-0.5).astype(q.dtype).reshape(m, r, kv, groups, dim)
+    far = product(q.swapaxes(1, 2).reshape(m, kv, r * groups, dim), pk).reshape(m, kv, r, groups, s)
+    near = product(q.reshape(*lead, groups, dim), ok).reshape(m, r, kv, groups, u)
     far = jnp.where(pmask[:, None, None, None, :], far, FAR)
-    near = jnp.where(jnp.broadcast_to(omask, (m, r, ok.shape[-1]))[:, :, None, None, :], near, FAR)
+    near = jnp.where(jnp.broadcast_to(omask, (m, r, u))[:, :, None, None, :], near, FAR)
     top = jnp.maximum(far.max(-1, initial=FAR).swapaxes(1, 2), near.max(-1))
     far, near = jnp.exp(far - top.swapaxes(1, 2)[..., None]), jnp.exp(near - top[..., None])
     total = far.sum(-1).swapaxes(1, 2) + near.sum(-1)
-    out = jnp.einsum("mkrgs,mksd->mrkgd", far.astype(pv.dtype), pv, preferred_element_type=jnp.float32)
-    out += jnp.einsum("mrkgu,mrkud->mrkgd", near.astype(ov.dtype), ov, preferred_element_type=jnp.float32)
+    out = product(far.astype(pv.dtype).reshape(m, kv, r * groups, s), pv).reshape(m, kv, r, groups, dim).swapaxes(1, 2)
+    out += product(near.astype(ov.dtype).reshape(*lead, groups, u), ov).reshape(m, r, kv, groups, dim)
     return (out / total[..., None]).reshape(m, r, heads, dim).astype(pv.dtype)

@@ -191,8 +191,10 @@ def transformer(config: TransformerConfig) -> Model:
 
     def empty(m: int, r: int, t: int) -> Cache:
         heads, dim = c.num_key_value_heads, c.head_dim
+        # No axis of size 1: around one, XLA repeats the update in a reshaped copy, and then copies the cache each step.
+        lead = (m * r, heads) if heads > 1 else (m * r,)
         return [
-            (jnp.zeros((m, r, heads, dim, t), c.dtype), jnp.zeros((m, r, heads, t, dim), c.dtype))
+            (jnp.zeros((*lead, dim, t), c.dtype), jnp.zeros((*lead, t, dim), c.dtype))
             for _ in range(c.num_hidden_layers)
         ]
 
@@ -249,12 +251,15 @@ def _attend_group(q: Array, k: Array, v: Array, seen: tuple[Array, Array], *, re
 def _attend_cache(q: Array, k: Array, v: Array, seen: Any) -> tuple[Array, tuple[Array, Array]]:
     """One new token per response, `[M R H d]`: writes its key and value and attends to the `t` before it and itself."""
     pk, pv, pmask, ck, cv, t, column = seen
-    place = jnp.arange(ck.shape[-1])
+    place, lead = jnp.arange(ck.shape[-1]), ck.shape[:-2]
+    new_k, new_v = k.reshape(*lead, -1), v.reshape(*lead, -1)
     if column.ndim:
-        here = (place == column[..., None])[:, :, None]
-        ck = jnp.where(here[..., None, :], k[..., None], ck)
-        cv = jnp.where(here[..., None], v[..., None, :], cv)
+        here = jnp.broadcast_to((place == column[..., None])[:, :, None], (*k.shape[:-1], place.size))
+        here = here.reshape(*lead, place.size)
+        ck = jnp.where(here[..., None, :], new_k[..., None], ck)
+        cv = jnp.where(here[..., None], new_v[..., None, :], cv)
     else:
-        ck, cv = write(ck, k, column, -1), write(cv, v, column, -2)
-    own = (column[..., None] - place) % ck.shape[-1] <= t[..., None]
+        ck, cv = write(ck, new_k, column, -1), write(cv, new_v, column, -2)
+    age = column[..., None] - place
+    own = jnp.where(age < 0, age + place.size, age) <= t[..., None]  # a remainder, without a division per element
     return one_token(q, (pk, pv, pmask), (ck, cv, own)), (ck, cv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,7 +16,8 @@ from jaxrl_llm.rollouts.ending import Ending, anywhere
 from jaxrl_llm.rollouts.refill import Pending, refilled
 from jaxrl_llm.types import Context, PyTree, Samples, Sampling, record
 
-SEGMENT = 64  # a response cache grows by at least this many tokens: attention to what is not there yet costs as much
+# Every piece is a loop of its own to compile, and saves a part of the attention to what is not there yet.
+PIECES, SHORTEST = 4, 32
 
 
 def sample(
@@ -132,13 +134,15 @@ def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> 
     )
     for end in _segments(length):
         cache = jax.tree.map(_grown, model.empty(m, r, end), rows.cache)
-        rows = lax.while_loop(functools.partial(going, end=end), step, rows.__class__(**{**vars(rows), "cache": cache}))
+        rows = lax.while_loop(functools.partial(going, end=end), step, dataclasses.replace(rows, cache=cache))
     tokens, logp, entropy, mask = (jnp.moveaxis(x, 0, -1) for x in rows.written)
     return Samples(tokens=tokens, mask=mask, logp=logp, entropy=entropy, truncated=rows.alive)
 
 
 def _segments(length: int) -> list[int]:
-    return [length]
+    """Cache sizes, one loop each: steps attend to columns not yet written, so the cache grows with the responses."""
+    pieces = min(PIECES, max(1, length // SHORTEST))
+    return [-(-length * (i + 1) // pieces) for i in range(pieces)]
 
 
 def _grown(new: Array, old: Array) -> Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,11 @@ def params():
     return {**weights, "lm_head": weights["lm_head"] * 10}
 
 
+@functools.cache
+def program(**options: Any):
+    return jax.jit(functools.partial(sample, MODEL, **options))
+
+
 def problem(b, g, c, s=6):
     lengths = jax.random.randint(jax.random.key(1), (b, c), 1, s + 1)
     context = Context(
@@ -42,15 +49,13 @@ def problem(b, g, c, s=6):
     return jax.random.split(jax.random.key(3), (b, g)), context
 
 
-@pytest.mark.parametrize("c", [1, 4])
-@pytest.mark.parametrize("slots", [1, 5, 6, 12])
+@pytest.mark.parametrize("c, slots", [(1, 1), (1, 5), (4, 6), (1, 12)])
 def test_refill_equals_sampling_all_at_once(params, c, slots):
     keys, context = problem(3, 4, c)
     sampling = Sampling(temperature=jnp.linspace(0.6, 1.4, 12).reshape(3, 4), top_p=jnp.array(0.95))
-    free = sample(MODEL, params, keys, context, sampling, length=14)
-    settings = {"length": 14, "eos": (1, 2), "stop": (tuple(np.asarray(free.tokens[1, 1, 4:6]).tolist()),)}
-    plain = sample(MODEL, params, keys, context, sampling, **settings)
-    refilled = jax.jit(lambda p: sample(MODEL, p, keys, context, sampling, slots=slots, **settings))(params)
+    settings = {"length": 14, "eos": (1, 2), "stop": ((3, 20), (9,), (4, 5, 6))}
+    plain = program(**settings)(params, keys, context, sampling)
+    refilled = program(**settings, slots=slots)(params, keys, context, sampling)
     lengths = np.asarray(plain.mask.sum(-1)).ravel()
     assert plain.truncated.any() and len(set(lengths.tolist())) > 3
     for field in ("tokens", "mask", "truncated"):
@@ -91,3 +96,15 @@ def test_rows_that_never_end_take_their_whole_length(params):
     refilled = sample(MODEL, params, keys, context, Sampling(), length=7, slots=2)
     assert refilled.truncated.all() and refilled.mask.all()
     np.testing.assert_array_equal(refilled.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_step_copies_no_cache(params, slots):
+    """The only copies of a cache's shape in the compiled program are the zeros the loop starts with."""
+    keys, context = problem(3, 3, 1)
+    draw = program(length=7, slots=slots)
+    text = draw.lower(params, keys, context, Sampling(temperature=jnp.array(1.0))).compile().as_text()
+    rows, layers, dim = slots or 9, 2, 8
+    assert f"f32[{rows},{dim},7]" in text
+    for shape in (f"f32[{rows},{dim},7]", f"f32[{rows},7,{dim}]"):
+        assert sum(" copy(" in line for line in text.splitlines() if f"= {shape}" in line) <= layers

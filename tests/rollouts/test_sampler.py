@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl_llm.models.model import inputs_of, prefix_of
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.rollouts import sampler
 from jaxrl_llm.rollouts.distribution import log_prob
 from jaxrl_llm.rollouts.sampler import sample
 from jaxrl_llm.types import Context, Sampling
@@ -306,3 +307,15 @@ def test_bfloat16_gap_between_sampled_and_rescored_is_small(params):
     logp, _ = log_prob(model.logits(params, hidden), samples.tokens, Sampling())
     gap = np.abs(logp - samples.logp)
     assert 0 < gap.mean() < 0.05 and gap.max() < 0.5
+
+
+def test_a_growing_cache_changes_no_text(params, monkeypatch):
+    context, whole = run(params, length=11, eos=(1, 2))
+    monkeypatch.setattr(sampler, "SHORTEST", 2)
+    assert sampler._segments(11) == [3, 6, 9, 11]
+    keys, sampling = jax.random.split(jax.random.key(2), (3, 4)), Sampling(temperature=1.0, top_k=0)
+    pieces = jax.jit(lambda p: sample(MODEL, p, keys, context, sampling, length=11, eos=(1, 2)))(params)
+    np.testing.assert_array_equal(pieces.tokens, whole.tokens)
+    np.testing.assert_array_equal(pieces.mask, whole.mask)
+    np.testing.assert_array_equal(pieces.truncated, whole.truncated)
+    np.testing.assert_allclose(pieces.logp, whole.logp, atol=1e-5)
