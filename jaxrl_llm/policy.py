@@ -43,8 +43,8 @@ def language_model(model: Model, *, slots: int | None = None, logits_bytes: int 
     Args:
       model: the network.
       slots: rows that decode at once, refilled as they finish; `None` decodes all rows together.
-      logits_bytes: scores whose float32 logits are larger are computed in chunks of at most this many bytes, and the
-          chunk's logits a second time for the gradient.
+      logits_bytes: scores whose float32 logits take more are computed in chunks of about this many bytes of logits (a
+          gradient holds a few arrays of that size), and each chunk's logits a second time for the gradient.
     """
     return Policy(
         vocab=model.vocab,

@@ -18,9 +18,9 @@ Cache = Any
 class Model:
     """A decoder-only language model as functions of its parameters.
 
-    `M` contexts, `R` responses of each, `T` tokens a response. A context is encoded once for its `R` responses. Response
-    input 0 is the context's last token and input `t` is token `t - 1`, so output `t` predicts token `t`; the *prefix* is
-    the context without its last token. See `inputs_of`.
+    `M` contexts, `R` responses of each, `T` tokens a response. A context is encoded once for its `R` responses.
+    Response input 0 is the context's last token and input `t` is token `t - 1`, so output `t` predicts token `t`; the
+    *prefix* is the context without its last token. See `inputs_of`.
 
     init: `(key) -> params`.
     hidden: `(params, prefix: Context [M S], offset [M], inputs [M R T], attended [M R T]) -> [M R T D]`, the final

@@ -68,9 +68,7 @@ def _hidden(run: Any, params: PyTree, prefix: Context, offset: Array, inputs: Ar
     return _rows(run, params, prefix.tokens, prefix.mask, offset, inputs, exists)[..., -t:, :]
 
 
-def _rows(
-    run: Any, params: PyTree, tokens: Array, mask: Array, offset: Array, inputs: Array, exists: Array
-) -> Array:
+def _rows(run: Any, params: PyTree, tokens: Array, mask: Array, offset: Array, inputs: Array, exists: Array) -> Array:
     """Whole rows, prefix and response side by side: `[M R S + T V]`."""
     (m, r, t), s = inputs.shape, tokens.shape[-1]
 

@@ -1,4 +1,4 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (the Qwen2/Qwen3/Llama line)."""
+"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Qwen2, Qwen3, Llama)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class TransformerConfig:
     qk_norm: bool = False  # Qwen3
     tie_word_embeddings: bool = True
     dtype: Any = jnp.float32  # of the computation; parameters are float32
-    remat: str | None = None  # None, "full", or the name of a policy in jax.checkpoint_policies
+    # None, "full", or the name of a policy in jax.checkpoint_policies. Keeping only what weights were multiplied into
+    # halves the memory of a gradient and is faster than writing and reading back the rest.
+    remat: str | None = "dots_with_no_batch_dims_saveable"
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -103,9 +105,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed = self.param(
-            "embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32
-        )
+        self.embed = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), jnp.float32)
         block: Any = Block
         if c.remat is not None:
             policy = None if c.remat == "full" else getattr(jax.checkpoint_policies, c.remat)
@@ -126,7 +126,9 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Array, positions: Array, seen: PyTree) -> tuple[Array, Any]:
         """`tokens`, `positions` `[M L]` -> the last block's output `[M L D]`, what `attend` kept of each layer."""
         x = self.embedding(tokens)
-        return self.layers(x, rotary(positions, self.config.head_dim, self.config.rope_theta), seen)
+        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        out: tuple[Array, Any] = self.layers(x, angles, seen)
+        return out
 
     def embedding(self, tokens: Array) -> Array:
         return self.embed[tokens].astype(self.config.dtype)
@@ -169,10 +171,12 @@ def transformer(config: TransformerConfig) -> Model:
         own = jnp.tril(jnp.ones((t, t), bool)) & exists[:, :, None, :]
         model = bind(functools.partial(_attend_group, responses=r))
         x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own))
-        return model.apply({"params": params}, x[:, s:].reshape(m, r, t, -1), method="final")
+        out: Any = model.apply({"params": params}, x[:, s:].reshape(m, r, t, -1), method="final")
+        return jnp.asarray(out)
 
     def logits(params: PyTree, hidden: Array) -> Array:
-        return bind(_attend_self).apply({"params": params}, hidden, method="unembed")
+        out: Any = bind(_attend_self).apply({"params": params}, hidden, method="unembed")
+        return jnp.asarray(out)
 
     def prefill(params: PyTree, prefix: Context) -> Cache:
         m, s = prefix.tokens.shape

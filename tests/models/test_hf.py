@@ -136,7 +136,7 @@ def test_shards(tmp_path):
     shard(tmp_path / "m", tensors)
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "m")[1], whole)
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors.*index"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors.*index"):
         hf.load(tmp_path / "m")
 
 
