@@ -35,13 +35,15 @@ def causal(q: Array, k: Array, v: Array, mask: Array) -> Array:
     Returns:
       `[... L H d]`.
     """
-    length, heads, dim = q.shape[-3:]
-    q = q.reshape(*q.shape[:-2], k.shape[-2], heads // k.shape[-2], dim)
+    *batch, length, heads, dim = q.shape
+    kv, g = k.shape[-2], heads // k.shape[-2]
+    q = jnp.moveaxis((q * dim**-0.5).astype(q.dtype).reshape(*batch, length, kv, g, dim), -4, -2)
     seen = jnp.tril(jnp.ones((length, length), bool)) & mask[..., None, :]
-    score = jnp.einsum("...tkgd,...ukd->...kgtu", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-    weight = jax.nn.softmax(jnp.where(seen[..., None, None, :, :], score, FAR), axis=-1)
-    out = jnp.einsum("...kgtu,...ukd->...tkgd", weight.astype(v.dtype), v)
-    return out.reshape(*out.shape[:-3], heads, dim)
+    score = _product(q.reshape(*batch, kv, g * length, dim), jnp.moveaxis(k, -3, -1))
+    score = jnp.where(seen[..., None, None, :, :], score.reshape(*batch, kv, g, length, length), FAR)
+    weight = jax.nn.softmax(score, axis=-1).astype(v.dtype).reshape(*batch, kv, g * length, length)
+    out = _product(weight, jnp.swapaxes(v, -3, -2)).astype(v.dtype).reshape(*batch, kv, g, length, dim)
+    return jnp.moveaxis(out, -2, -4).reshape(*batch, length, heads, dim)
 
 
 def shared_prefix(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array, Array, Array]) -> Array:
@@ -61,8 +63,6 @@ def shared_prefix(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array
     ok, ov, omask = own
     m, r, n, heads, dim = q.shape
     kv, s, u = pk.shape[-2], pk.shape[1], ok.shape[2]
-    # Batch axes first and keys transposed: few, large, contiguous products forward and backward. Einsums on the given
-    # layout take twice as long on a CPU.
     g = heads // kv
     shape = (m, kv, r, g, n)
     q = (q * dim**-0.5).astype(q.dtype).reshape(m, r, n, kv, g, dim).transpose(0, 3, 1, 4, 2, 5)
@@ -81,6 +81,7 @@ def shared_prefix(q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array
 
 
 def _product(x: Array, y: Array) -> Array:
+    """Batch axes come first and both operands are contiguous: einsums on other layouts take twice as long on a CPU."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
