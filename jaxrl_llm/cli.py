@@ -102,9 +102,7 @@ def _quickstart(config: tyro.conf.OmitArgPrefixes[TrainConfig] = QUICKSTART) -> 
             return default | given  # naming one argument leaves the others as they are
         return {} if given is default else given  # another recipe or task has other arguments
 
-    return dataclasses.replace(
-        config, set=merged("set", "algorithm"), task_options=merged("task_options", "task")
-    )
+    return dataclasses.replace(config, set=merged("set", "algorithm"), task_options=merged("task_options", "task"))
 
 
 def _pairs() -> tyro.constructors.ConstructorRegistry:

@@ -196,9 +196,7 @@ def learner_of(job: Job) -> Learner:
         critic_optimizer=adamw(config.critic_learning_rate),
         prompts_per_step=config.prompts_per_step,
         response_length=config.response_length,
-        sampling=Sampling(
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
-        ),
+        sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p),
         accumulate=config.accumulate,
         verify=config.verify,
     )

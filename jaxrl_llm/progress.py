@@ -81,7 +81,7 @@ class Display:
 class _Bar(Progress):
     """The bar with a line of numbers under it."""
 
-    numbers = ""
+    numbers = "compiling; the first step takes longest"
 
     def __init__(self, *, console: Console, disable: bool) -> None:
         super().__init__(
@@ -97,7 +97,7 @@ class _Bar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         bar = self.make_tasks_table(self.tasks)
-        yield Group(bar, Text(self.numbers, no_wrap=True, overflow="ellipsis")) if self.numbers else bar
+        yield Group(bar, Text(self.numbers, no_wrap=True, overflow="ellipsis"))
 
 
 def sparkline(values: list[float], width: int = 16) -> str:

@@ -38,7 +38,8 @@ def curve(folder: str | Path) -> Path | None:
     evaluations = [{"step": int(step), **values} for step, values in summary["evaluations"].items()]
     tested, accuracies = _series(sorted(evaluations, key=lambda e: e["step"]), "accuracy")
     left.plot(tested, accuracies, "o-", color=HELD_OUT, ms=4, label="held-out accuracy (greedy)")
-    place = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "color": HELD_OUT}
+    place: dict[str, Any] = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "color": HELD_OUT}
+    place["bbox"] = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
     for i in sorted({0, len(tested) - 1}) if len(tested) else ():
         left.annotate(f"{accuracies[i]:.2f}", (tested[i], accuracies[i]), fontsize=8, **place)
     left.set(xlabel="training step", ylim=(-0.08, 1.05))
@@ -73,7 +74,7 @@ def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
 def _finish(axes: list[Any]) -> None:
     lines = [line for each in axes for line in each.get_lines() if not line.get_label().startswith("_")]
     # Above the picture, where no curve can run through it.
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncol": len(lines)}
+    place: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncol": len(lines)}
     axes[-1].legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8, **place)
     for each in axes:
         each.spines["top"].set_visible(False)
