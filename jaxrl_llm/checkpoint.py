@@ -30,8 +30,9 @@ def load(path: str | Path, like: TrainState) -> TrainState:
     path = Path(path).absolute()
     if not ocp.is_orbax_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
-    plain = ocp.load(path, _plain(like))
-    state: TrainState = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(plain))
+    names = _plain(like)
+    found = ocp.load(path, names)
+    state: TrainState = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in names])
     return state
 
 

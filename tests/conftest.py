@@ -22,6 +22,19 @@ from jaxrl_llm.types import Context, Logged, Prompts
 TOKENIZER = character_tokenizer()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests share what they compile, and so do the laws of one method: each such set runs on one worker."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, name = nodeid.partition("::")
+            return f"{file}[{name.partition('[')[2]}" if file.endswith("test_laws.py") else file
+
+    return Together(config, log)
+
+
 @pytest.fixture(scope="session")
 def task():
     """Sorting two characters: in-graph prompts, verifier and demonstrations."""
