@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ from jaxrl_llm.policy import Policy
 from jaxrl_llm.tasks.task import Task, decode_prompts, decode_responses, host_verifier
 from jaxrl_llm.types import Prompts, PyTree, Samples, Sampling
 
-GREEDY = Sampling(temperature=0.0)
-
 
 class Evaluation(NamedTuple):
-    """accuracy, reward: means over the problems that could be scored, NaN if none; transcripts: the first few."""
+    """Over the problems that could be scored, NaN if none.
+
+    accuracy: share of greedy answers with reward 1. reward: mean of one sampled answer a problem. length: tokens of the
+    greedy answers, mean. transcripts: the first few greedy answers.
+    """
 
     accuracy: float
     reward: float
@@ -36,7 +39,7 @@ def evaluator(
     problems: int = 512,
     batch: int = 128,
     response_length: int | None = None,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
     transcripts: int = 4,
 ) -> Callable[..., Evaluation]:
     """`(params, key=None) -> Evaluation` on the task's first held-out problems, compiled once.
@@ -46,18 +49,19 @@ def evaluator(
       problems: how many; the task's all, if it has fewer.
       batch: problems decoded at a time.
       response_length: tokens; the task's if None.
-      sampling: greedy by default.
+      sampling: of the answers whose mean reward is reported; temperature 1 if None.
       transcripts: how many to keep as text.
     """
     length = task.response_length if response_length is None else response_length
     held_out = task.test(problems if task.report is None else min(problems, task.report.test))
     total = held_out.index.shape[0]
     batch = min(batch, total)
-    sampling = jax.tree.map(jnp.asarray, sampling)
+    sampling = jax.tree.map(jnp.asarray, sampling or Sampling())
+    greedy = dataclasses.replace(sampling, temperature=jnp.zeros_like(sampling.temperature))
     grade = task.verify if task.verify is not None else host_verifier(task)
 
     @jax.jit
-    def answer(params: PyTree, key: Array, prompts: Prompts) -> Samples:
+    def answer(params: PyTree, key: Array, prompts: Prompts, sampling: Sampling) -> Samples:
         context = jax.tree.map(lambda x: x[:, None], prompts.context)
         fold = jax.vmap(functools.partial(jax.random.fold_in, key))
         keys = fold(jnp.arange(prompts.index.shape[0]))[:, None]
@@ -66,33 +70,39 @@ def evaluator(
 
     def evaluate(params: PyTree, key: Array | None = None) -> Evaluation:
         key = jax.random.key(0) if key is None else key
-        scores: list[np.ndarray] = []
+        scores: dict[str, list[np.ndarray]] = {"greedy": [], "sampled": []}
         lengths: list[np.ndarray] = []
         texts: list[dict[str, Any]] = []
         for i, (prompts, real) in enumerate(_batches(held_out, batch)):
-            samples = answer(params, jax.random.fold_in(key, i), prompts)
-            score = np.asarray(grade(prompts, samples.tokens, samples.mask))[:real, 0]
-            scores.append(score)
-            lengths.append(np.asarray(samples.mask.sum(-1))[:real, 0])
+            k = jax.random.fold_in(key, i)
+            found = {"greedy": answer(params, k, prompts, greedy), "sampled": answer(params, k, prompts, sampling)}
+            for how, samples in found.items():
+                scores[how].append(np.asarray(grade(prompts, samples.tokens, samples.mask))[:real, 0])
+            best = found["greedy"]
+            lengths.append(np.asarray(best.mask.sum(-1))[:real, 0])
             if len(texts) < transcripts:
                 words = zip(
                     decode_prompts(task.tokenizer, prompts),
-                    decode_responses(task.tokenizer, samples.tokens, samples.mask),
-                    score,
+                    decode_responses(task.tokenizer, best.tokens, best.mask),
+                    scores["greedy"][-1],
                     strict=False,
                 )
                 texts += [{"prompt": p, "response": r[0], "reward": float(s)} for p, r, s in words]
-        score = np.concatenate(scores)
-        scored = score[~np.isnan(score)]
         return Evaluation(
-            accuracy=float((scored >= 1.0).mean()) if scored.size else math.nan,
-            reward=float(scored.mean()) if scored.size else math.nan,
+            accuracy=_mean(np.concatenate(scores["greedy"]) >= 1.0, np.concatenate(scores["greedy"])),
+            reward=_mean(np.concatenate(scores["sampled"]), np.concatenate(scores["sampled"])),
             length=float(np.concatenate(lengths).mean()),
             problems=total,
             transcripts=texts[:transcripts],
         )
 
     return evaluate
+
+
+def _mean(x: np.ndarray, score: np.ndarray) -> float:
+    """Mean of `x` over the rows with a score."""
+    scored = ~np.isnan(score)
+    return float(x[scored].mean()) if scored.any() else math.nan
 
 
 def _batches(prompts: Prompts, size: int) -> Iterator[tuple[Prompts, int]]:

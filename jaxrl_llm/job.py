@@ -68,7 +68,7 @@ class TrainConfig:
     critic_learning_rate: float = 1e-5
     """AdamW's learning rate for the critic, if the recipe has one."""
     temperature: float = 1.0
-    """Of sampling in training; evaluation is greedy."""
+    """Of sampling in training; accuracy is that of greedy answers."""
     top_k: int | None = None
     """Sample from the k most probable tokens only."""
     top_p: float | None = None
@@ -143,13 +143,20 @@ def execute(job: Job) -> dict[str, Any]:
     where matplotlib is installed.
 
     Returns:
-      what `summary.json` holds: `before` and `after` with `accuracy` and `reward`, `train_seconds`, `seed` and more.
+      what `summary.json` holds: `before` and `after` with `accuracy` (greedy) and `reward` (mean, sampled as in
+      training), `train_seconds`, `seed` and more.
     """
     config, task = job.config, job.task
     folder = _folder(job)
     parts = learner_of(job)
     policy = language_model(transformer(job.model))
-    evaluate = evaluator(policy, task, problems=config.eval_problems, response_length=config.response_length)
+    evaluate = evaluator(
+        policy,
+        task,
+        problems=config.eval_problems,
+        response_length=config.response_length,
+        sampling=_sampling(config),
+    )
     evaluations: dict[int, Evaluation] = {}
 
     with Display(config.steps, title=f"{config.algorithm} on {task.name}") as display, _lines(folder) as log:
@@ -196,10 +203,14 @@ def learner_of(job: Job) -> Learner:
         critic_optimizer=adamw(config.critic_learning_rate),
         prompts_per_step=config.prompts_per_step,
         response_length=config.response_length,
-        sampling=Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p),
+        sampling=_sampling(config),
         accumulate=config.accumulate,
         verify=config.verify,
     )
+
+
+def _sampling(config: TrainConfig) -> Sampling:
+    return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
 
 
 class _Watch:

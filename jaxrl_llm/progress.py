@@ -58,8 +58,8 @@ class Display:
     def evaluated(self, done: int, evaluation: Evaluation) -> None:
         """Prints a held-out evaluation."""
         self.say(
-            f"step {done:>5}/{self._steps}  {evaluation.problems} held-out problems, greedy: "
-            f"accuracy {evaluation.accuracy:.3f}, reward {evaluation.reward:.3f}"
+            f"step {done:>5}/{self._steps}  {evaluation.problems} held-out problems: "
+            f"greedy accuracy {evaluation.accuracy:.3f}, mean reward {evaluation.reward:.3f}"
         )
 
     def transcripts(self, before: Evaluation, after: Evaluation) -> None:

@@ -41,7 +41,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Context, Prompts, PyTree
+from jaxrl_llm.types import Context, Prompts, PyTree, Sampling
 from jaxrl_llm.updates.optimizer import adamw
 
 W4_SEEDS = 8
@@ -175,8 +175,8 @@ def measure(name: str, size: str, kl: float, repeats: int, dtype: str) -> dict[s
         "temporary_MB": memory.temp_size_in_bytes / 1e6, "state_MB": memory.argument_size_in_bytes / 1e6,
     }  # fmt: skip
     floor = floors(work, size, bool(kl), length, rates(size, work.rows))
-    return out | {"floor": floor, "generation_over_floor": gen / floor["generation"],
-                  "update_over_floor": (total - gen) / floor["update"], "step_over_floor": total / floor["step"]}  # fmt: skip
+    times_floor = {"generation": gen, "update": total - gen, "step": total}
+    return out | {"floor": floor} | {f"{k}_over_floor": v / floor[k] for k, v in times_floor.items()}
 
 
 def _generation(policy: Any, parts: Any, state: Any, work: Workload, eos: int, many: bool) -> Callable[[], Any]:
@@ -187,8 +187,6 @@ def _generation(policy: Any, parts: Any, state: Any, work: Workload, eos: int, m
         prompts = problem.draw(key, work.prompts)  # type: ignore[misc]
         context = jax.tree.map(lambda x: x[:, None], prompts.context)
         keys = jax.random.split(key, (work.prompts, w.GROUP))
-        from jaxrl_llm.types import Sampling
-
         return policy.sample(
             params, keys, context, Sampling(temperature=jnp.float32(1.0)), length=work.new_tokens, eos=(eos,), stop=()
         )
@@ -318,16 +316,20 @@ def report(ours: list[dict[str, Any]], others: dict[str, list[dict[str, Any]]], 
         return
     s, f = result["step"], result["floor"]
     print(
-        f"{result['workload']} {result['size']} kl={result['kl']}: step {s['median']:.3f} s [{s['min']:.3f}, {s['max']:.3f}] "
+        f"{result['workload']} {result['size']} kl={result['kl']}: "
+        f"step {s['median']:.3f} s [{s['min']:.3f}, {s['max']:.3f}] "
         f"= generation {result['generation']['median']:.3f} ({result['generation_over_floor']:.2f} x floor) "
         f"+ update {result['update']:.3f} ({result['update_over_floor']:.2f} x floor); "
-        f"{result['generated_tokens_per_s']:,.0f} generated and {result['updated_tokens_per_s']:,.0f} updated tokens/s; "
+        f"{result['generated_tokens_per_s']:,.0f} generated, {result['updated_tokens_per_s']:,.0f} updated tokens/s; "
         f"compile {result['compile_s']:.1f} s, {result['traces']} trace, temporaries {result['temporary_MB']:.0f} MB; "
         f"machine {f['matrix_gflops']:.0f} GFLOP/s, {f['decode_gflops']:.0f} decoding, {f['copy_gb_per_s']:.0f} GB/s"
     )
     for name, r in result["peers"].items():
         extra = f", tokens/s x {r['tokens_per_s_ours_over_theirs']:.2f}" if "gen_tok_s" in r else ""
-        print(f"    {name}: step {r['step']:.3f} s (gen {r['gen']:.3f}, update {r['update']:.3f}) = {r['times_ours']:.2f} x ours{extra}")
+        print(
+            f"    {name}: step {r['step']:.3f} s (gen {r['gen']:.3f}, update {r['update']:.3f}) "
+            f"= {r['times_ours']:.2f} x ours{extra}"
+        )
     sys.stdout.flush()
 
 

@@ -1,7 +1,7 @@
 """The table of methods in README, made from the code: `python scripts/catalogue.py [--check]`.
 
-What differs is computed by `changes()` between a recipe and the one its docstring's limit names first, or GRPO; the rest
-is read off the docstrings. `--check` changes nothing and fails if README is behind.
+What differs is computed by `changes()` between a recipe and the one it is built from, or GRPO; the rest is read off the
+docstrings. `--check` changes nothing and fails if README is behind.
 """
 
 from __future__ import annotations

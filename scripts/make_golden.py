@@ -1,6 +1,6 @@
 """Writes tests/golden/hf: tiny Llama, Qwen2 and Qwen3 folders and the logits transformers' PyTorch computes for them.
 
-    pip install torch==2.13.0 transformers==5.23.0 && python scripts/make_golden.py
+pip install torch==2.13.0 transformers==5.23.0 && python scripts/make_golden.py
 """
 
 from __future__ import annotations

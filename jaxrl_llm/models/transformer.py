@@ -203,7 +203,13 @@ def transformer(config: TransformerConfig) -> Model:
         ]
 
     def decode(
-        params: PyTree, prefix: Cache, mask: Array, cache: Cache, offset: Array, inputs: Array, t: Array,
+        params: PyTree,
+        prefix: Cache,
+        mask: Array,
+        cache: Cache,
+        offset: Array,
+        inputs: Array,
+        t: Array,
         column: Array | None = None,
     ) -> tuple[Array, Cache]:
         outer = {"params": {k: v for k, v in params.items() if k != "layers"}}
@@ -245,9 +251,7 @@ def _attend_group(q: Array, k: Array, v: Array, seen: tuple[Array, Array], *, re
     """Prefix tokens attend to themselves, each response to the prefix and itself; `[M, S + R * T, ...]`."""
     prefix, own = seen
     m, s = prefix.shape
-    (pq, rq), (pk, rk), (pv, rv) = (
-        (x[:, :s], x[:, s:].reshape(m, responses, -1, *x.shape[2:])) for x in (q, k, v)
-    )
+    (pq, rq), (pk, rk), (pv, rv) = ((x[:, :s], x[:, s:].reshape(m, responses, -1, *x.shape[2:])) for x in (q, k, v))
     out = shared_prefix(rq, (pk, pv, prefix), (rk, rv, own))
     return jnp.concatenate([causal(pq, pk, pv, prefix), out.reshape(m, -1, *q.shape[2:])], axis=1), None
 

@@ -53,7 +53,9 @@ def sample_until_informative(
     empty: Rollouts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     start = (jnp.zeros((), jnp.int32), empty, jnp.full(total // rounds, _EMPTY), jnp.zeros(()))
     groups: Rollouts
-    _, groups, _, sampled = jax.lax.while_loop(functools.partial(_unfinished, rounds), functools.partial(_fill, draw), start)
+    _, groups, _, sampled = jax.lax.while_loop(
+        functools.partial(_unfinished, rounds), functools.partial(_fill, draw), start
+    )
     return dataclasses.replace(groups, generated=jnp.full(total // rounds, sampled / (total // rounds)))
 
 

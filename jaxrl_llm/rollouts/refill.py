@@ -66,8 +66,14 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
         state = _fill(state, pending)
         row = jnp.minimum(state.row, n - 1)
         hidden, cache = model.decode(
-            decoder, state.prefix, state.mask, state.cache, pending.offset[row // r], state.current[:, None],
-            state.t[:, None], column=state.i % length,
+            decoder,
+            state.prefix,
+            state.mask,
+            state.cache,
+            pending.offset[row // r],
+            state.current[:, None],
+            state.t[:, None],
+            column=state.i % length,
         )
         logits = model.logits(params, hidden[:, 0])
         token, logp, entropy = draw(numbers[row, state.t], logits, jax.tree.map(lambda x: x[row], sampling))
@@ -84,9 +90,7 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
             mask=state.mask,
             cache=cache,
             place=state.place,
-            written=tuple(
-                write(x, y, state.i, -2) for x, y in zip(state.written, new, strict=True)
-            ),
+            written=tuple(write(x, y, state.i, -2) for x, y in zip(state.written, new, strict=True)),
         )
 
     empty = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), (pending.prefix, pending.mask))

@@ -114,9 +114,7 @@ def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> 
 
     def step(rows: _Rows) -> _Rows:
         t, alive = rows.t, rows.alive
-        hidden, cache = model.decode(
-            decoder, pending.prefix, pending.mask, rows.cache, pending.offset, rows.current, t
-        )
+        hidden, cache = model.decode(decoder, pending.prefix, pending.mask, rows.cache, pending.offset, rows.current, t)
         drawn = draw(numbers[t], model.logits(params, hidden), pending.sampling)
         recent, ends = ending(rows.recent, drawn[0])
         new = (*(jnp.where(alive, x, 0) for x in drawn), alive)

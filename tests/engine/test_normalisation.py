@@ -30,9 +30,7 @@ AGGREGATIONS = {
 }
 
 
-LOSS = PolicyLoss(
-    surrogate=partial(clip_min, low=0.2, high=0.2), terms=optional(kl_to_reference, weight=0.1)
-)
+LOSS = PolicyLoss(surrogate=partial(clip_min, low=0.2, high=0.2), terms=optional(kl_to_reference, weight=0.1))
 
 
 def ragged(world, key, prompts):

@@ -192,7 +192,7 @@ def test_a_critic_is_kept_only_by_recipes_that_read_it(build):
 
 
 def test_a_recipe_that_reads_values_says_so_without_a_critic(build):
-    with pytest.raises(ValueError, match="critic=heads.critic"):
+    with pytest.raises(ValueError, match=r"critic=heads\.critic"):
         build(algorithms.load("ppo"), critic=None)
 
 

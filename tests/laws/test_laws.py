@@ -17,7 +17,7 @@ from jaxrl_llm.evaluate import evaluator
 from jaxrl_llm.models.heads import critic
 from jaxrl_llm.run import run
 from jaxrl_llm.sharding import data_mesh, over_data, replicate
-from jaxrl_llm.types import Learner, Sampling
+from jaxrl_llm.types import Learner
 from jaxrl_llm.updates.optimizer import adamw
 
 STEPS = 3
@@ -95,7 +95,9 @@ def test_is_a_recipe_with_a_source(name, recipe):
     assert describe(recipe).startswith("Algorithm(")
     function = algorithms.recipe(name)
     assert function.__name__ == name
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in inspect.signature(function).parameters.values())
+    assert all(
+        p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in inspect.signature(function).parameters.values()
+    )
     doc = inspect.getdoc(function)
     assert "Source:" in doc and "Deviations:" in doc and "Limit:" in doc
     assert len(inspect.getsource(inspect.getmodule(function)).splitlines()) <= 120
@@ -118,7 +120,9 @@ def test_metrics_are_finite_scalars_and_the_policy_moves(parts, history):
     state, metrics = history
     assert all(x.shape == (STEPS,) and np.isfinite(x).all() for x in metrics.values()), metrics
     start = parts.init(SEED).params["policy"]
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params["policy"]), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params["policy"]), strict=True)
+    )
 
 
 def test_finite_on_extreme_rewards(build, letters):
@@ -173,12 +177,12 @@ def test_on_eight_devices_it_is_the_same(build, history):
 
 
 def test_learns_its_toy_task(parts, policy, letters):
-    evaluate = evaluator(policy, letters, problems=128, sampling=Sampling(temperature=1.0))
-    start = evaluate(parts.init(SEED).params["policy"]).accuracy
+    evaluate = evaluator(policy, letters, problems=128)
+    start = evaluate(parts.init(SEED).params["policy"]).reward
     state, metrics = run(parts, SEED, 60)
     if "preference/accuracy" in metrics:
         # A preference says which of two, not what to say: the loss falls well below log 2, its value without any.
         assert metrics["preference/accuracy"][-1] == 1.0 and metrics["loss"][-1] < 0.3
         return
-    reached = evaluate(state.params["policy"]).accuracy
+    reached = evaluate(state.params["policy"]).reward
     assert reached > max(0.8, start + 0.2), (start, reached)
