@@ -32,7 +32,7 @@ def run(
       state: goes on from here. It is donated: do not use it afterwards.
       prompts: one `Prompts` a step, for tasks that live on the host.
       scan: steps per compiled program (`lax.scan`); must divide `num_steps`. Faster when a step is short.
-      each: called on the host after every program, `each(steps_done, state, metrics)`; metrics have leading axis `scan`.
+      each: called on the host after every program, `each(steps_done, state, metrics)`; metrics are `[scan]`.
         The state it is given is donated to the next step: copy what you keep.
 
     Returns:
