@@ -244,9 +244,6 @@ def peer(folder: Path, name: str, workload: str, size: str, kl: float, steps: in
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PYTHONPATH"))}
     env |= WORKLOADS[workload].peers_env | {"BENCH_CKPT": str(folder / "ckpt")}
     command = [str(python), str(HERE / "peers" / f"{name}_grpo.py"), "--size", size, "--beta", str(kl)]
-    if name == "tunix" and workload in ("W2", "W3", "W4"):
-        work = WORKLOADS[workload]
-        command += ["--kv", str(work.prompt_tokens + work.new_tokens)]
     if WORKLOADS[workload].ends is not None:
         command += ["--tail"]
     run = subprocess.run([*command, "--steps", str(steps)], env=env, capture_output=True, text=True, check=False)
