@@ -17,7 +17,7 @@ ALL = [*MEANS, agg.sequence_mean_token_sum, partial(agg.token_sum_over, constant
 masks = hnp.arrays(bool, (3, 2, 4), elements=st.booleans())
 
 
-@pytest.mark.parametrize("aggregate", ALL, ids=str)
+@pytest.mark.parametrize("aggregate", ALL, ids=lambda f: getattr(f, "func", f).__name__)
 @given(mask=masks)
 @settings(max_examples=20, deadline=None)
 def test_masked_tokens_have_no_share_and_nothing_is_nan(aggregate, mask):
@@ -25,7 +25,7 @@ def test_masked_tokens_have_no_share_and_nothing_is_nan(aggregate, mask):
     assert np.isfinite(share).all() and (share[~mask] == 0).all() and (share >= 0).all()
 
 
-@pytest.mark.parametrize("aggregate", [*MEANS, agg.pair_mean], ids=str)
+@pytest.mark.parametrize("aggregate", [*MEANS, agg.pair_mean], ids=lambda f: getattr(f, "func", f).__name__)
 @given(mask=masks)
 @settings(max_examples=20, deadline=None)
 def test_means_sum_to_one(aggregate, mask):
@@ -48,7 +48,7 @@ def test_group_mean_differs_from_token_mean():
     np.testing.assert_allclose(agg.group_mean_token_mean(mask)[1, 0, 0], 1 / 2)
 
 
-@pytest.mark.parametrize("aggregate", ALL, ids=str)
+@pytest.mark.parametrize("aggregate", ALL, ids=lambda f: getattr(f, "func", f).__name__)
 def test_padding_on_the_right_changes_nothing(aggregate):
     mask = jax.random.bernoulli(jax.random.key(0), 0.6, (3, 2, 4))
     longer = jnp.pad(mask, ((0, 0), (0, 0), (0, 5)))
