@@ -24,7 +24,8 @@ def several_passes(
 ) -> tuple[Any, Metrics]:
     """`epochs` passes, each an optimiser step on every one of `minibatches` random parts of the prompts.
 
-    Groups stay whole. Metrics are means over the steps; those named `.../max` and `.../min` are extremes.
+    Groups stay whole. Metrics are means over the steps; those named `.../max` and `.../min` are extremes, and
+    `gap/...` (trainer against sampler) is that of the first step, before the policy moved.
 
     Raises:
       ValueError: the prompts do not divide into `minibatches`.
@@ -45,5 +46,7 @@ def select(batch: Batch, rows: Array) -> Batch:
 
 
 def _over_steps(name: str, x: Array) -> Array:
+    if name.startswith("gap/"):
+        return x[0]
     kind = name.rsplit("/", 1)[-1]
     return {"max": jnp.max, "min": jnp.min}.get(kind, jnp.mean)(x, axis=0)

@@ -17,6 +17,7 @@ def learn(seen, batch):
         "loss": steps * 1.0,
         "ratio/max": steps,
         "ratio/min": steps,
+        "gap/max": steps,
     }
 
 
@@ -33,6 +34,7 @@ def test_every_prompt_once_an_epoch(epochs, minibatches):
     assert seen["steps"] == steps
     np.testing.assert_allclose(metrics["loss"], (steps + 1) / 2)
     assert metrics["ratio/max"] == steps and metrics["ratio/min"] == 1
+    assert metrics["gap/max"] == 1  # of the first step, the only one of the policy that sampled
 
 
 def test_one_pass():
