@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,7 +14,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm import tasks
+from jaxrl_llm import run, tasks
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.tasks.characters import character_tokenizer
@@ -33,6 +34,24 @@ def pytest_xdist_make_scheduler(config, log):
             return f"{file}[{name.partition('[')[2]}" if file.endswith("test_laws.py") else file
 
     return Together(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """A process may map 65,530 pieces of memory, and every compiled program takes dozens: none outlives its file."""
+    yield
+    forget()
+
+
+@pytest.fixture(scope="session")
+def forget_programs():
+    return forget
+
+
+def forget():
+    run._program.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -57,14 +57,15 @@ def traces():
 
 
 @pytest.fixture(scope="module")
-def parts(build, traces):
+def parts(build, traces, forget_programs):
     init, step, compiled = build()
 
     def counted(state, prompts=None):
         traces.append(1)
         return step(state, prompts)
 
-    return Learner(init, counted, compiled)
+    yield Learner(init, counted, compiled)
+    forget_programs()  # before the next method's
 
 
 @pytest.fixture(scope="module")
