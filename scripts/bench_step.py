@@ -70,7 +70,7 @@ WORKLOADS = {
 }
 
 
-def config(size: str, dtype: str) -> TransformerConfig:
+def config(size: str, dtype: str, remat: str) -> TransformerConfig:
     c = w.SIZES[size]
     return TransformerConfig(
         vocab_size=c["vocab"],
@@ -84,6 +84,7 @@ def config(size: str, dtype: str) -> TransformerConfig:
         rms_norm_eps=w.NORM_EPS,
         qkv_bias=True,
         dtype=jnp.dtype(dtype),
+        remat=None if remat == "none" else remat,
     )
 
 
@@ -122,9 +123,9 @@ def task(work: Workload, vocab: int, eos: int) -> Task:
     )
 
 
-def measure(name: str, size: str, kl: float, repeats: int, dtype: str) -> dict[str, Any]:
+def measure(name: str, size: str, kl: float, repeats: int, dtype: str, remat: str) -> dict[str, Any]:
     """One workload, ours."""
-    work, c = WORKLOADS[name], config(size, dtype)
+    work, c = WORKLOADS[name], config(size, dtype, remat)
     model, eos = transformer(c), w.eos_id(size, tail=work.ends is not None)
     model = model if work.ends is None else ending_at_random(model, eos, work.ends)
     policy = language_model(model, slots=work.slots)
@@ -277,6 +278,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=7, help="timed steps a round, after two that are not")
     p.add_argument("--rounds", type=int, default=1, help="ours and each peer in turn, so often")
     p.add_argument("--dtype", default="float32")
+    p.add_argument("--remat", default=TransformerConfig.remat or "none", help="what the update keeps; none: everything")
     p.add_argument("--peers", type=Path, help="folder made by peers/setup.sh")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     args = p.parse_args()
@@ -286,7 +288,7 @@ def main() -> None:
         for kl in args.kl:
             ours, others = [], {"trl": [], "tunix": []}  # type: ignore[var-annotated]
             for _ in range(args.rounds):
-                ours.append(measure(name, size, kl, args.repeats, args.dtype))
+                ours.append(measure(name, size, kl, args.repeats, args.dtype, args.remat))
                 for other in others if args.peers else ():
                     if found := peer(args.peers, other, name, size, kl, args.repeats + 2):
                         others[other].append(found)
