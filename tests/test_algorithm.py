@@ -83,6 +83,4 @@ def test_an_empty_chain_is_refused():
 
 def test_a_recipe_is_replaced_like_any_dataclass():
     child = dataclasses.replace(algorithms.load("grpo"), advantage=partial(per_group, center))
-    assert list(changes(child, algorithms.load("grpo"))) == ["advantage.[0]"] or list(
-        changes(child, algorithms.load("grpo"))
-    ) == ["advantage[0]"]
+    assert list(changes(child, algorithms.load("grpo"))) == ["advantage[0]"]
