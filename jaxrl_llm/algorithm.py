@@ -53,9 +53,17 @@ class Algorithm:
     reward: `(Batch) -> [B G]` or `[B G T]`.
     filter: `(Batch) -> [B G]` bool: rows that count in statistics and loss.
     advantage: `(Batch) -> [B G]` or `[B G T]`: credit. Carries no gradient.
-    weight: `(Batch) -> [B G T]`: multiplies the surrogate after credit. Carries no gradient.
+    weight: `(Batch) -> [B G T]`, after credit: numbers multiply the surrogate, booleans select the tokens (`[B G T]`)
+        or rows (`[B G]`) that count in the loss, in numerator and denominator. Carries no gradient.
     loss: `(Scores, Batch) -> (scalar, metrics)`, a sum over tokens weighted by `batch.share`.
-    update: `(key, models, batch, learn) -> (models, metrics)`, calling `learn(models, batch)` once per optimiser step.
+    update: `(key, models, batch, learn) -> (models, metrics)`, calling `learn(models, batch)` once per optimiser step;
+        see `types.Learn` for what else it may do.
+
+    measures: what to compute where the vocabulary is at hand, `{name: function}`; found in `scores.extras[name]` (and
+        in those of `batch.old` and `batch.reference`), and computed only if read there. A function of
+        `(logits [... V], tokens [...], hidden [... D])` gives `[...]` or `[... n]`. Keyword-only arguments without
+        default ask for the logits of a role at the same places, without gradient: "old" (the policy before the
+        update), "reference", or "teacher" (the reference after `rollouts.teacher`).
 
     Each slot takes a plain function, a `Stage` (a function with memory) or a `chain` of them.
 
@@ -71,10 +79,17 @@ class Algorithm:
     filter: Slot = everything
     weight: Slot = ones
     update: Slot = one_pass
+    measures: dict[str, Callable[..., Array]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for slot, arguments in SLOTS.items():
             _check(slot, getattr(self, slot), arguments)
+        for name, measure in self.measures.items():
+            if unknown := sorted(roles_of(measure) - {"old", "reference", "teacher"}):
+                raise TypeError(
+                    f"measure {name!r} has the keyword-only argument {unknown[0]!r}: bind it with functools.partial, "
+                    "or name a role (old, reference, teacher)"
+                )
 
 
 def chain(*stages: Callable[..., Any] | Stage) -> Chain:
@@ -88,6 +103,15 @@ def chain(*stages: Callable[..., Any] | Stage) -> Chain:
     return Chain(stages)
 
 
+def roles_of(measure: Callable[..., Array]) -> frozenset[str]:
+    """The roles whose logits a measure asks for."""
+    return frozenset(
+        p.name
+        for p in inspect.signature(measure).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
     """`sum_t share_t * (weight_t * surrogate(ratio_t, A_t, l_t) + sum_k term_k,t)` over the batch's mask.
@@ -97,12 +121,16 @@ class PolicyLoss:
     aggregate: `(mask) -> share [B G T]`: how much each token's loss counts; computed over the whole optimiser step,
         so that the loss does not depend on how the step is split over micro-batches or devices.
     terms: each `(Scores, Batch) -> [B G T]`, added per token with the same shares.
+    prepare: `(Scores, Batch) -> {name: array}`, handed to the surrogate as keywords: what must be found on the whole
+        optimiser step before any token has a loss (quantiles, searched bounds). Scalars, or arrays `[B ...]`. Carries
+        no gradient. If it reads the scores and the step is split, they are computed once more for it.
     """
 
     surrogate: Callable[..., Array]
     ratio: Callable[[Scores, Batch], Array] = token_ratio
     aggregate: Callable[[Array], Array] = token_mean
     terms: tuple[Callable[[Scores, Batch], Array], ...] = ()
+    prepare: Callable[[Scores, Batch], dict[str, Array]] | None = None
 
     def __call__(self, scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
         mask, share = batch.mask, batch.share
@@ -113,20 +141,22 @@ class PolicyLoss:
         advantage = jax.lax.stop_gradient(masked(mask, batch.advantage))
         weight = jnp.ones_like(logp) if batch.weight is None else jax.lax.stop_gradient(masked(mask, batch.weight))
 
-        loss = weight * self.surrogate(ratio, advantage, logp)
-        metrics: Metrics = {"ratio": ratio, "clipped": self._clipped(ratio, advantage, logp)}
+        surrogate = functools.partial(self.surrogate, **jax.lax.stop_gradient(batch.prepared or {}))
+        loss = weight * surrogate(ratio, advantage, logp)
+        metrics: Metrics = {"ratio": ratio, "clipped": _clipped(surrogate, ratio, advantage, logp)}
         for term in self.terms:
             value = masked(mask, term(scores, batch))
             loss = loss + value
             metrics[f"loss/{_name(term)}"] = value
         return jnp.sum(share * masked(mask, loss)), metrics
 
-    def _clipped(self, ratio: Array, advantage: Array, logp: Array) -> Array:
-        """Tokens whose advantage is not 0 but whose gradient is: measured on the surrogate, whatever it is."""
-        args = jax.lax.stop_gradient((ratio, logp))
-        by_ratio, by_logp = jax.grad(lambda r, l: jnp.sum(self.surrogate(r, advantage, l)), argnums=(0, 1))(*args)
-        idle: Array = (by_ratio == 0) & (by_logp == 0) & (advantage != 0)
-        return idle
+
+def _clipped(surrogate: Callable[..., Array], ratio: Array, advantage: Array, logp: Array) -> Array:
+    """Tokens whose advantage is not 0 but whose gradient is: measured on the surrogate, whatever it is."""
+    args = jax.lax.stop_gradient((ratio, logp))
+    by_ratio, by_logp = jax.grad(lambda r, l: jnp.sum(surrogate(r, advantage, l)), argnums=(0, 1))(*args)
+    idle: Array = (by_ratio == 0) & (by_logp == 0) & (advantage != 0)
+    return idle
 
 
 def optional(term: Callable[..., Any], *, weight: Any, **bound: Any) -> tuple[Callable[..., Any], ...]:
@@ -167,7 +197,7 @@ def describe(algorithm: Any) -> str:
     lines = []
     for field in dataclasses.fields(Algorithm):
         value = getattr(algorithm, field.name)
-        if value is not field.default:
+        if value is not field.default and not (field.name == "measures" and not value):
             lines.append(f"    {field.name}={_show(value)},")
     return "Algorithm(\n" + "\n".join(lines) + "\n)"
 
@@ -209,6 +239,8 @@ def _children(value: Any) -> list[tuple[str, Any]] | None:
         return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
     if isinstance(value, tuple):
         return [(f"[{i}]", x) for i, x in enumerate(value)]
+    if isinstance(value, dict):
+        return sorted(value.items())
     return None
 
 
@@ -237,6 +269,8 @@ def _rebuild(value: Any, values: dict[str, Any], path: str) -> Any:
     if isinstance(value, functools.partial):
         args = [new[f"[{i}]"] for i in range(len(value.args))]
         return functools.partial(value.func, *args, **{k: new[k] for k in value.keywords})
+    if isinstance(value, dict):
+        return new
     if isinstance(value, tuple):
         return type(value)(*new.values()) if hasattr(value, "_fields") else tuple(new.values())
     return dataclasses.replace(value, **new)
@@ -259,6 +293,8 @@ def _show(value: Any) -> str:
             if getattr(value, f.name) is not f.default
         ]
         return f"{type(value).__name__}({', '.join(shown)})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {_show(x)}" for k, x in value.items()) + "}"
     if isinstance(value, tuple):
         return "(" + "".join(f"{_show(x)}, " for x in value).rstrip() + ")"
     if callable(value):

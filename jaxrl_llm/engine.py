@@ -16,14 +16,14 @@ from jaxrl_llm import accumulate as micro
 from jaxrl_llm import metrics as measure
 from jaxrl_llm import world as outside
 from jaxrl_llm.algorithm import Algorithm, numbers, with_numbers
-from jaxrl_llm.liveness import reads
-from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.models.heads import Critic
-from jaxrl_llm.policy import EXTRAS, Policy
-from jaxrl_llm.stages import lift, write
+from jaxrl_llm.needs import BATCH_SLOTS, Loss, Needs, keys_of, needs_of, of_recipe, stages_of
+from jaxrl_llm.policy import Policy
+from jaxrl_llm.stages import write
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import (
     Batch,
+    Learn,
     Learner,
     Metrics,
     Problem,
@@ -32,30 +32,13 @@ from jaxrl_llm.types import (
     Rollouts,
     Sampling,
     Scores,
-    Stage,
     TrainState,
     World,
     split,
 )
 from jaxrl_llm.updates.optimizer import adamw
 
-BATCH_SLOTS = ("reward", "filter", "advantage", "weight")
-SLOTS = ("prompt", "rollout", *BATCH_SLOTS, "loss", "update")
 Models = tuple[dict[str, PyTree], dict[str, PyTree]]  # parameters and optimiser states by role
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """What a recipe reads, found by tracing it; nothing else is computed, and no other model is kept."""
-
-    current: frozenset[str] = frozenset()
-    old: frozenset[str] = frozenset()
-    reference: frozenset[str] = frozenset()
-    value: bool = False
-
-    @property
-    def critic(self) -> bool:
-        return self.value or "value" in self.current
 
 
 def learner(
@@ -108,23 +91,31 @@ def learner(
     length = task.response_length if response_length is None else response_length
     behaviour = jax.tree.map(_strong, sampling or Sampling())
     optimizers = {"policy": optimizer or adamw(1e-6), "critic": critic_optimizer or adamw(1e-5)}
-    ask = outside.verifier(task)
+    ask, example = outside.verifier(task), outside.example(task, prompts_per_step)
 
     def init(key: Array, needs: Needs) -> TrainState:
         keys = split(key, "policy", "critic", "run")
         models = {"policy": policy.init(keys["policy"]) if params is None else _copy(params)}
-        if needs.reference:
+        if needs.keeps_reference:
             models["reference"] = _copy(models["policy"] if reference is None else reference)
         if needs.critic and critic is not None:
             models["critic"] = critic.init(keys["critic"])
-        problem = Problem(rows=task.rows, prompts=prompts_per_step, length=length, vocab=policy.vocab, params=models)
+        problem = Problem(
+            rows=task.rows,
+            prompts=prompts_per_step,
+            length=length,
+            vocab=policy.vocab,
+            params=models,
+            example=example,
+            sampling=behaviour,
+        )
         trained = {role: optimizers[role].init(models[role]) for role in models if role != "reference"}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             key=keys["run"],
             params=models,
             opt_state=jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), trained),
-            memory={slot: stage.init(problem) for slot, stage in _stages(algorithm).items()},
+            memory={slot: stage.init(problem) for slot, stage in stages_of(algorithm).items()},
             # Copies: a state is donated to its first step.
             numbers=_copy(numbers(algorithm)),
             sampling=_copy(behaviour),
@@ -134,85 +125,147 @@ def learner(
 
     def collect(state: TrainState, prompts: Prompts | None = None) -> tuple[TrainState, Rollouts]:
         """Prompts and rollouts."""
-        keys, memory = _keys(state), dict(state.memory)
-        stages = _stages(with_numbers(algorithm, state.numbers))
+        keys, memory = keys_of(state), dict(state.memory)
+        stages = stages_of(with_numbers(algorithm, state.numbers))
         prompts = outside.draw(task, keys["draw"], prompts_per_step) if prompts is None else prompts
         if prompts.logged is None and task.demonstrate is not None:
             prompts = dataclasses.replace(prompts, logged=task.demonstrate(keys["logged"], prompts))
         prompts, memory["prompt"] = stages["prompt"].apply(memory["prompt"], keys["prompt"], constrain(prompts))
-        world = World(
+        rollouts, memory["rollout"] = stages["rollout"].apply(
+            memory["rollout"], keys["rollout"], world_of(state), prompts
+        )
+        prompts = dataclasses.replace(rollouts.prompts, logged=None)  # rollouts alone read what was logged
+        return dataclasses.replace(state, memory=memory), dataclasses.replace(rollouts, prompts=prompts)
+
+    def world_of(state: TrainState) -> World:
+        return World(
             sample=functools.partial(outside.sample, policy, task, length, state),
             score=lambda role, rollouts: score(state.params[role], rollouts, frozenset({"logp", "entropy"})),
             reward=functools.partial(ask, inside=verify == "inside"),
             models=state.params,
             step=state.step,
+            length=length,
         )
-        rollouts, memory["rollout"] = stages["rollout"].apply(memory["rollout"], keys["rollout"], world, prompts)
-        prompts = dataclasses.replace(rollouts.prompts, logged=None)  # rollouts alone read what was logged
-        return dataclasses.replace(state, memory=memory), dataclasses.replace(rollouts, prompts=prompts)
 
     def learn(state: TrainState, rollouts: Rollouts, outcome: Array, needs: Needs) -> tuple[TrainState, Metrics]:
         """Rewards, credit, and the optimiser steps the recipe's update asks for."""
-        keys, memory = _keys(state), dict(state.memory)
-        stages = _stages(with_numbers(algorithm, state.numbers))
+        keys, memory = keys_of(state), dict(state.memory)
+        recipe = with_numbers(algorithm, state.numbers)
+        stages = stages_of(recipe)
         batch, scored = outside.batch_of(rollouts, outcome, state.step)
-        batch = with_roles(batch, state.params, needs)
+        batch = with_roles(batch, state.params, needs, recipe)
         for slot in BATCH_SLOTS:
             output, memory[slot] = stages[slot].apply(memory[slot], keys[slot], batch)
             batch = write(slot, batch, output)
-        loss = functools.partial(stages["loss"].apply, memory["loss"], keys["loss"])
+        loss = of_recipe(recipe, memory["loss"], keys["loss"])
         (models, measured), memory["update"] = stages["update"].apply(
             memory["update"],
             keys["update"],
             (state.params, state.opt_state),
             batch,
-            functools.partial(optimise, loss, needs),
+            trainer(state, recipe, loss, needs),
         )
         memory = {slot: stage.observe(memory[slot], batch) for slot, stage in stages.items()}
         new = dataclasses.replace(state, step=state.step + 1, params=models[0], opt_state=models[1], memory=memory)
         return new, {**measure.of_batch(batch, scored), **measured}
 
-    def optimise(loss: Callable[..., Any], needs: Needs, models: Models, batch: Batch) -> tuple[Models, Metrics]:
-        """One optimiser step. Shares are of the whole batch, so its parts only add up."""
-        params, opt_state = models
-        batch = _with_shares(algorithm, batch)
+    def trainer(state: TrainState, recipe: Algorithm, loss: Loss, needs: Needs) -> Learn:
+        """What the update slot is given."""
 
-        def objective(trained: dict[str, PyTree], part: Batch) -> tuple[Array, Metrics]:
-            scores = score_current({**params, **trained}, part.rollouts, needs.current)
-            (value, found), _ = loss(scores, part)
-            return value, jax.lax.stop_gradient({**measure.of_scores(scores, part), **found})
+        def objective(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Callable[..., Any]:
+            terms, params = loss if other is None else Loss(other), models[0]
 
-        trained = {role: params[role] for role in opt_state}
-        (value, found), gradients = micro.value_and_grad(objective, trained, batch, accumulate)
-        params, opt_state, norms = dict(params), dict(opt_state), {}
-        for role, gradient in gradients.items():
-            change, opt_state[role] = optimizers[role].update(gradient, opt_state[role], params[role])
-            params[role] = optax.apply_updates(params[role], change)
-            norms["grad_norm" if role == "policy" else f"grad_norm/{role}"] = optax.tree.norm(gradient)
-        return (params, opt_state), {"loss": value, **norms, **measure.summarise(found, batch)}
+            def of(trained: dict[str, PyTree], part: Batch) -> tuple[Array, Metrics]:
+                now = {**params, **trained}
+                scores = score_current(now, part.rollouts, needs.current, recipe, others(state, part, needs))
+                if terms.prepare and accumulate == 1:
+                    part = terms.prepared(jax.lax.stop_gradient(scores), part)
+                value, found = terms(scores, part)
+                return value, jax.lax.stop_gradient({**measure.of_scores(scores, part), **found})
+
+            return of
+
+        def whole(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Batch:
+            """With what is found on the whole step; shares are of it, so that its parts only add up."""
+            terms = loss if other is None else Loss(other)
+            batch = dataclasses.replace(batch, share=terms.aggregate(batch.mask))
+            if not terms.prepare or accumulate == 1:
+                return batch
+
+            def score_part(part: Batch) -> Scores:
+                return score_current(models[0], part.rollouts, needs.prepare, recipe, others(state, part, needs))
+
+            return terms.prepared(jax.lax.stop_gradient(micro.mapped(score_part, batch, accumulate)), batch)
+
+        def gradient(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Any:
+            trained = {role: models[0][role] for role in models[1]}
+            batch = whole(models, batch, other)
+            (value, found), slopes = micro.value_and_grad(objective(models, batch, other), trained, batch, accumulate)
+            return (value, {"loss": value, **measure.summarise(found, batch)}), slopes
+
+        def step(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> tuple[Models, Metrics]:
+            (_, found), gradients = gradient(models, batch, other)
+            (params, opt_state), norms = (dict(models[0]), dict(models[1])), {}
+            for role, slope in gradients.items():
+                change, opt_state[role] = optimizers[role].update(slope, opt_state[role], params[role])
+                params[role] = optax.apply_updates(params[role], change)
+                norms["grad_norm" if role == "policy" else f"grad_norm/{role}"] = optax.tree.norm(slope)
+            return (params, opt_state), {**found, **norms}
+
+        def scalar(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Callable[..., Any]:
+            batch = whole(models, batch, other)
+            return lambda trained: objective(models, batch, other)(trained, batch)
+
+        def fresh(models: Models, rollouts: Rollouts) -> Batch:
+            batch, _ = outside.batch_of(rollouts, ask(rollouts, inside=verify == "inside"), state.step)
+            return with_roles(batch, models[0], needs, recipe)
+
+        def world(models: Models) -> World:
+            return world_of(dataclasses.replace(state, params=models[0]))
+
+        return Learn(step=step, objective=scalar, gradient=gradient, world=world, batch=fresh)
 
     # --- likelihoods and values --------------------------------------------------------------------------------------
 
-    def score(params: PyTree, rollouts: Rollouts, fields: frozenset[str]) -> Scores:
+    def score(params: PyTree, rollouts: Rollouts, fields: frozenset[str], recipe: Algorithm = algorithm) -> Scores:
         """In as many parts as the gradient, so that it needs no more memory."""
-        return micro.mapped(functools.partial(policy.score, params, fields=fields), rollouts, accumulate)
+        of = functools.partial(policy.score, params, fields=fields, measures=recipe.measures)
+        return micro.mapped(of, rollouts, accumulate)
 
-    def score_current(params: dict[str, PyTree], rollouts: Rollouts, fields: frozenset[str]) -> Scores:
+    def score_current(
+        params: dict[str, PyTree],
+        rollouts: Rollouts,
+        fields: frozenset[str],
+        recipe: Algorithm = algorithm,
+        others: dict[str, Any] | None = None,
+    ) -> Scores:
+        of = functools.partial(policy.score, params["policy"], rollouts, measures=recipe.measures, others=others)
         if "value" not in fields or critic is None:
-            return policy.score(params["policy"], rollouts, fields=fields)
+            return of(fields=fields)
         value = functools.partial(critic.value, params["critic"])
         if critic.shared:
-            return policy.score(params["policy"], rollouts, fields=fields, heads={"value": value})
-        scores = policy.score(params["policy"], rollouts, fields=fields - {"value"})
-        return dataclasses.replace(scores, value=value(rollouts))
+            return of(fields=fields, heads={"value": value})
+        return dataclasses.replace(of(fields=fields - {"value"}), value=value(rollouts))
 
-    def with_roles(batch: Batch, params: dict[str, PyTree], needs: Needs) -> Batch:
+    def others(state: TrainState, part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
+        """Parameters and hidden states of the roles whose logits the recipe's measures ask for."""
+        found = {}
+        for role in sorted(needs.others):
+            params, rollouts = state.params["policy" if role == "old" else "reference"], part.rollouts
+            if role == "teacher":
+                if rollouts.teacher is None:
+                    raise ValueError("a measure asks for the teacher, and the rollout slot set no rollouts.teacher")
+                rollouts = dataclasses.replace(rollouts, context=rollouts.teacher)
+            found[role] = params, policy.hidden(params, rollouts)
+        return jax.lax.stop_gradient(found)
+
+    def with_roles(batch: Batch, params: dict[str, PyTree], needs: Needs, recipe: Algorithm) -> Batch:
         """What other models, and the policy before its update, say of the rollouts: only what the recipe reads."""
         rollouts = batch.rollouts
         if needs.old:
-            batch = dataclasses.replace(batch, old=score(params["policy"], rollouts, needs.old))
+            batch = dataclasses.replace(batch, old=score(params["policy"], rollouts, needs.old, recipe))
         if needs.reference:
-            batch = dataclasses.replace(batch, reference=score(params["reference"], rollouts, needs.reference))
+            batch = dataclasses.replace(batch, reference=score(params["reference"], rollouts, needs.reference, recipe))
         if needs.value:
             only = functools.partial(score_current, params, fields=frozenset({"value"}))
             batch = dataclasses.replace(batch, value=micro.mapped(only, rollouts, accumulate).value)
@@ -220,7 +273,7 @@ def learner(
 
     # --- what is given out -------------------------------------------------------------------------------------------
 
-    needs = _needs(algorithm, functools.partial(init, needs=Needs()), collect, outside.example(task, prompts_per_step))
+    needs = needs_of(algorithm, policy, functools.partial(init, needs=Needs()), collect, example)
     if needs.critic and critic is None:
         raise ValueError(
             "this recipe reads values (batch.value or scores.value) and has no critic: pass critic=heads.critic(model) "
@@ -239,50 +292,6 @@ def learner(
 
     inside = verify == "inside"
     return Learner(functools.partial(init, needs=needs), step if inside else step_in_two, compiled=inside)
-
-
-def _needs(
-    algorithm: Algorithm, init: Callable[[Array], TrainState], collect: Callable[..., Any], prompts: PyTree
-) -> Needs:
-    """Traces the recipe on abstract data and sees which scores its loss, its slots and their memories depend on."""
-    state, rollouts = jax.eval_shape(lambda key, prompts: collect(init(key), prompts), jax.random.key(0), prompts)
-
-    def recipe(state: TrainState, rollouts: Rollouts, current: Scores, roles: dict[str, Any]) -> Any:
-        keys, stages = _keys(state), _stages(algorithm)
-        batch, _ = outside.batch_of(rollouts, jnp.zeros(rollouts.tokens.shape[:2]), state.step)
-        batch = dataclasses.replace(batch, **roles)
-        outputs = []
-        for slot in BATCH_SLOTS:
-            outputs.append(stages[slot].apply(state.memory[slot], keys[slot], batch))
-            batch = write(slot, batch, outputs[-1][0])
-        (value, _), _ = stages["loss"].apply(
-            state.memory["loss"], keys["loss"], current, _with_shares(algorithm, batch)
-        )
-        # Metrics alone do not make a recipe pay for a model.
-        return value, outputs, [stage.observe(state.memory[slot], batch) for slot, stage in stages.items()]
-
-    token: Any = jax.ShapeDtypeStruct(rollouts.tokens.shape, jnp.float32)
-    some = Scores(logp=token, entropy=token, extras=dict.fromkeys(EXTRAS, token))
-    roles = {"old": some, "reference": some, "value": token}
-    read = reads(recipe, state, rollouts, dataclasses.replace(some, value=token), roles)
-    return Needs(_fields(read[2]), _fields(read[3]["old"]), _fields(read[3]["reference"]), read[3]["value"])
-
-
-def _fields(read: Scores) -> frozenset[str]:
-    named = {"logp": read.logp, "entropy": read.entropy, "value": read.value, **read.extras}
-    return frozenset(name for name, was_read in named.items() if was_read)
-
-
-def _with_shares(algorithm: Algorithm, batch: Batch) -> Batch:
-    return dataclasses.replace(batch, share=getattr(algorithm.loss, "aggregate", token_mean)(batch.mask))
-
-
-def _keys(state: TrainState) -> dict[str, Array]:
-    return split(jax.random.fold_in(state.key, state.step), "draw", "logged", *SLOTS)
-
-
-def _stages(algorithm: Algorithm) -> dict[str, Stage]:
-    return {slot: lift(slot, getattr(algorithm, slot)) for slot in SLOTS}
 
 
 def _strong(x: Any) -> Array:

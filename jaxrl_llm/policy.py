@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_llm.algorithm import roles_of
 from jaxrl_llm.models.heads import hidden_states
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.rollouts.distribution import log_prob
@@ -18,7 +19,7 @@ from jaxrl_llm.rollouts.sampler import sample
 from jaxrl_llm.types import PyTree, Rollouts, Samples, Sampling, Scores, masked
 
 Head = Callable[[Array], Array]
-Extra = Callable[[Array, Array, Array], Array]
+Extra = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,15 +27,18 @@ class Policy:
     """Everything the engine knows of a policy.
 
     init: `(key) -> params`.
-    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop) -> Samples [B G T]`.
-    score: `(params, rollouts, fields, heads={}) -> Scores`: the requested fields of the responses under
-        `rollouts.context` and `rollouts.sampling`; `heads` maps a field to `(hidden [B G T D]) -> [B G T ...]`.
+    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until) ->
+        Samples [B G T]`.
+    score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
+        responses under `rollouts.context` and `rollouts.sampling`; see `score`.
+    hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles.
     """
 
     vocab: int
     init: Callable[[Array], PyTree]
     sample: Callable[..., Samples]
     score: Callable[..., Scores]
+    hidden: Callable[[PyTree, Rollouts], Array]
 
 
 def language_model(model: Model, *, slots: int | None = None, logits_bytes: int = 2**30) -> Policy:
@@ -51,6 +55,7 @@ def language_model(model: Model, *, slots: int | None = None, logits_bytes: int 
         init=model.init,
         sample=functools.partial(sample, model, slots=slots),
         score=functools.partial(score, model, logits_bytes=logits_bytes),
+        hidden=functools.partial(hidden_states, model),
     )
 
 
@@ -77,47 +82,65 @@ def score(
     rollouts: Rollouts,
     fields: frozenset[str],
     heads: Mapping[str, Head] | None = None,
+    measures: Mapping[str, Extra] | None = None,
+    others: Mapping[str, tuple[PyTree, Array]] | None = None,
     *,
     logits_bytes: int = 2**30,
 ) -> Scores:
     """Scores of the responses under `rollouts.context`: one forward pass, and logits only for fields that need them.
 
     Args:
-      fields: of "logp", "entropy", names in `EXTRAS`, and names in `heads`.
+      fields: of "logp", "entropy", names in `EXTRAS` and `measures`, and names in `heads`.
       heads: `(hidden [B G T D]) -> [B G T ...]` by field; all but "value" land in `extras`.
+      measures: more `EXTRAS`, see `Algorithm.measures`.
+      others: parameters and hidden states `[B G T D]` of the roles that measures ask for.
       logits_bytes: see `language_model`.
 
     Returns:
-      the requested fields, 0 at masked places whatever stands there.
+      the requested fields, 0 where not `rollouts.scored`, whatever stands there.
 
     Raises:
       ValueError: a field nobody can compute, or contexts that do not divide the group.
     """
-    heads = heads or {}
-    if unknown := sorted(fields - {"logp", "entropy", *EXTRAS, *heads}):
-        known = ", ".join(["logp", "entropy", *EXTRAS, *heads])
+    heads, extras = heads or {}, EXTRAS | dict(measures or {})
+    if unknown := sorted(fields - {"logp", "entropy", *extras, *heads}):
+        known = ", ".join(["logp", "entropy", *extras, *heads])
         raise ValueError(f"no score named {unknown[0]!r}; this policy has {known} (a 'value' needs a critic's head)")
     if not fields:
         return Scores()
-    mask = rollouts.mask
+    mask = rollouts.scored
     # Zero where nobody may look, so that neither a value nor a gradient of such a place can reach the result.
     hidden = masked(mask[..., None], hidden_states(model, params, rollouts))
     found = {name: heads[name](hidden) for name in fields & set(heads)}
     if of_logits := fields - set(heads):
-        chunk = functools.partial(_of_logits, model, of_logits)
+        wanted = {name: extras[name] for name in of_logits & set(extras)}
+        chunk = functools.partial(_of_logits, model, of_logits - set(extras), wanted)
         tokens = jnp.where(mask, rollouts.tokens, 0)
-        found |= _chunked(chunk, params, hidden, tokens, rollouts.sampling, model.vocab, logits_bytes)
+        others = {role: (w, masked(mask[..., None], h)) for role, (w, h) in (others or {}).items()}
+        weights = {role: w for role, (w, _) in others.items()}
+        seen = {role: h for role, (_, h) in others.items()}
+        everything = ((params, weights), (hidden, seen), tokens, rollouts.sampling)
+        found |= _chunked(chunk, *everything, model.vocab * (1 + len(others)), logits_bytes)
     found = {k: masked(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x) for k, x in found.items()}
     named = {name: found.pop(name) for name in ("logp", "entropy", "value") if name in found}
     return Scores(**named, extras=found)
 
 
 def _of_logits(
-    model: Model, fields: frozenset[str], params: PyTree, hidden: Array, tokens: Array, sampling: Sampling
+    model: Model,
+    fields: frozenset[str],
+    measures: Mapping[str, Extra],
+    params: tuple[PyTree, dict[str, PyTree]],
+    hidden: tuple[Array, dict[str, Array]],
+    tokens: Array,
+    sampling: Sampling,
 ) -> dict[str, Array]:
-    logits = model.logits(params, hidden)
-    found = {name: EXTRAS[name](logits, tokens, hidden) for name in fields if name in EXTRAS}
-    if fields & {"logp", "entropy"}:
+    logits = model.logits(params[0], hidden[0])
+    others = jax.lax.stop_gradient({role: model.logits(params[1][role], h) for role, h in hidden[1].items()})
+    found = {}
+    for name, measure in measures.items():
+        found[name] = measure(logits, tokens, hidden[0], **{role: others[role] for role in roles_of(measure)})
+    if fields:
         sampling = jax.tree.map(lambda x: jnp.broadcast_to(x[..., None], tokens.shape), sampling)
         logp, entropy = log_prob(logits, tokens, sampling)
         found |= {k: x for k, x in {"logp": logp, "entropy": entropy}.items() if k in fields}
@@ -127,32 +150,33 @@ def _of_logits(
 def _chunked(
     function: Callable[..., dict[str, Array]],
     params: PyTree,
-    hidden: Array,
+    hidden: PyTree,
     tokens: Array,
     sampling: Sampling,
     vocab: int,
     logits_bytes: int,
 ) -> dict[str, Array]:
-    """`function(params, hidden, tokens, sampling)` over slices of the response axis.
+    """`function(params, hidden, tokens, sampling)` over slices of the response axis; leaves of `hidden` `[B G T D]`.
 
     Slices go through time and keep all rows, so that rows sharded over devices stay where they are.
     """
-    *rows, length, width = hidden.shape
+    *rows, length = tokens.shape
     chunks = min(length, math.ceil(4 * math.prod(tokens.shape) * vocab / logits_bytes))
     if chunks <= 1:
         return function(params, hidden, tokens, sampling)
     step = math.ceil(length / chunks)
     chunks = math.ceil(length / step)
-    gap = [(0, 0)] * len(rows) + [(0, chunks * step - length)]
-    hidden = jnp.pad(hidden, [*gap, (0, 0)]).reshape(*rows, chunks, step, width)
-    tokens = jnp.pad(tokens, gap).reshape(*rows, chunks, step)
+
+    def cut(x: Array) -> Array:
+        gap = [(0, 0)] * len(rows) + [(0, chunks * step - length)] + [(0, 0)] * (x.ndim - tokens.ndim)
+        x = jnp.pad(x, gap)
+        return jnp.moveaxis(x.reshape(*rows, chunks, step, *x.shape[len(rows) + 1 :]), len(rows), 0)
 
     @jax.checkpoint
-    def body(params: PyTree, x: tuple[Array, Array]) -> dict[str, Array]:
+    def body(params: PyTree, x: tuple[PyTree, Array]) -> dict[str, Array]:
         return function(params, *x, sampling)
 
-    slices = (jnp.moveaxis(hidden, -3, 0), jnp.moveaxis(tokens, -2, 0))
-    found = jax.lax.map(functools.partial(body, params), slices)
+    found = jax.lax.map(functools.partial(body, params), jax.tree.map(cut, (hidden, tokens)))
     return {
         name: jnp.moveaxis(x, 0, len(rows)).reshape(*rows, chunks * step, *x.shape[len(rows) + 2 :])[
             (slice(None),) * len(rows) + (slice(length),)

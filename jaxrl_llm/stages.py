@@ -14,6 +14,22 @@ from jaxrl_llm.rewards.basic import at_last_token
 from jaxrl_llm.types import Batch, Memory, Problem, Prompts, Stage, masked
 
 
+def through(algorithm: Any, batch: Batch, key: Array) -> Batch:
+    """`batch` after the reward, filter, advantage and weight slots of a recipe whose slots remember nothing.
+
+    Raises:
+      ValueError: one of them is a stage with memory.
+    """
+    slots = ("reward", "filter", "advantage", "weight")
+    for slot, k in zip(slots, jax.random.split(key, len(slots)), strict=True):
+        stage = lift(slot, getattr(algorithm, slot))
+        if isinstance(getattr(algorithm, slot), Stage):
+            raise ValueError(f"through: the {slot} slot remembers, and nobody would keep its memory")
+        output, _ = stage.apply(stage.init(None), k, batch)  # type: ignore[arg-type]
+        batch = write(slot, batch, output)
+    return batch
+
+
 def lift(slot: str, value: Any) -> Stage:
     """Any function, `Stage` or `Chain` as a `Stage`; a plain function remembers nothing."""
     if isinstance(value, Stage):
@@ -48,10 +64,10 @@ def _lift_chain(slot: str, stages: list[Stage]) -> Stage:
     return Stage(init=init, apply=apply, observe=observe)
 
 
-def _field(slot: str, batch: Batch) -> Array | None:
-    return {"reward": batch.token_reward, "filter": batch.keep, "advantage": batch.advantage, "weight": batch.weight}[
-        slot
-    ]
+def _field(slot: str, batch: Batch) -> Any:
+    if slot == "weight":
+        return batch.weight, batch.select
+    return {"reward": batch.token_reward, "filter": batch.keep, "advantage": batch.advantage}[slot]
 
 
 def write(slot: str, x: Any, output: Any) -> Any:
@@ -65,6 +81,10 @@ def write(slot: str, x: Any, output: Any) -> Any:
             raise ValueError(f"the prompt slot must return Prompts, got {type(output).__name__}")
         return output
     batch: Batch = x
+    if isinstance(output, tuple) and slot == "weight":  # a chain's: factors and selection
+        for part in output:
+            batch = batch if part is None else write(slot, batch, part)
+        return batch
     per_row, per_token = batch.rollouts.tokens.shape[:2], batch.rollouts.tokens.shape
     output = jax.lax.stop_gradient(jnp.asarray(output))
     allowed = {"filter": (per_row,)}.get(slot, (per_row, per_token))
@@ -74,6 +94,9 @@ def write(slot: str, x: Any, output: Any) -> Any:
     if slot == "filter":
         old = True if batch.keep is None else batch.keep
         return dataclasses.replace(batch, keep=output.astype(bool) & old)
+    if slot == "weight" and output.dtype == bool:
+        chosen = jnp.broadcast_to(output if output.ndim == 3 else output[..., None], per_token)
+        return dataclasses.replace(batch, select=chosen if batch.select is None else chosen & batch.select)
     output = output.astype(jnp.float32)
     if slot == "reward":
         per = output if output.ndim == 3 else at_last_token(batch.mask, output)

@@ -159,7 +159,8 @@ def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
         rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=int(batch.rollouts.tokens.size), params={}
     )
     keep = batch.rollouts.mask.any(-1) if batch.keep is None else batch.keep
-    batch = dataclasses.replace(batch, reward=None, token_reward=None, advantage=None, weight=None, keep=keep)
+    batch = dataclasses.replace(batch, reward=None, token_reward=None, advantage=None, keep=keep)
+    batch = dataclasses.replace(batch, weight=None, select=None)
     for slot in ("reward", "filter", "advantage", "weight"):
         stage = lift(slot, getattr(algorithm, slot))
         output, _ = stage.apply(stage.init(problem), jax.random.key(0), batch)
@@ -170,6 +171,8 @@ def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
 def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
     """The loss as the engine computes it in one optimiser step, and its derivative by every token's log-prob."""
     batch = dataclasses.replace(batch, share=getattr(loss, "aggregate", token_mean)(batch.mask))
+    if prepare := getattr(loss, "prepare", None):
+        batch = dataclasses.replace(batch, prepared=jax.lax.stop_gradient(prepare(scores, batch)))
 
     def of(logp: Array) -> tuple[Array, Metrics]:
         value, metrics = loss(dataclasses.replace(scores, logp=logp), batch)

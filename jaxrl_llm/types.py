@@ -116,6 +116,9 @@ class Rollouts:
     sampling: Sampling  # leaves [B G]: what the log-probs are defined under
     outcome: Array | None = None  # [B G] float32: set by rollouts that asked the verifier; NaN: could not be scored
     generated: Array | None = None  # [B] float32: tokens sampled for a group, its share of discarded ones included
+    teacher: Context | None = None  # [B C S]: what the role "teacher" reads before the response (privileged context)
+    credit: Array | None = None  # [B G T] float32: what a token's segment gained, by rollouts that branch to find out
+    valued: Array | None = None  # [B G T] bool: tokens a critic learns from, if they are not those of `mask`
     turn: Array | None = None  # [B G T] int32
     segment: Array | None = None  # [B G T] int32
     node: Array | None = None  # [B G T] int32
@@ -124,6 +127,11 @@ class Rollouts:
     def attended(self) -> Array:
         """`[B G T]` bool: the tokens that exist."""
         return self.role != PADDING
+
+    @property
+    def scored(self) -> Array:
+        """`[B G T]` bool: the tokens models are asked about."""
+        return self.mask if self.valued is None else self.mask | self.valued
 
     @property
     def lengths(self) -> Array:
@@ -156,6 +164,8 @@ class Batch:
     keep: Array | None = None  # [B G] bool, by `filter`: rows that count in statistics and loss
     advantage: Array | None = None  # [B G T] by `advantage`
     weight: Array | None = None  # [B G T] by `weight`
+    select: Array | None = None  # [B G T] bool, by `weight`: tokens that count in the loss, once credit is given
+    prepared: PyTree = None  # by the loss's `prepare`, from the whole optimiser step: scalars, or leading axis B
     share: Array | None = None  # [B G T] by the loss's aggregation: d loss / d (token's loss), sums to 1 for a mean
 
     @property
@@ -165,7 +175,8 @@ class Batch:
     @property
     def mask(self) -> Array:
         """`[B G T]` bool: the tokens that count, in rows that are kept. Numerator and denominator use this one."""
-        return self.rollouts.mask if self.keep is None else self.rollouts.mask & self.keep[..., None]
+        mask = self.rollouts.mask if self.keep is None else self.rollouts.mask & self.keep[..., None]
+        return mask if self.select is None else mask & self.select
 
     @property
     def rows(self) -> Array:
@@ -195,18 +206,23 @@ class Problem:
     length: int  # T
     vocab: int  # V
     params: dict[str, PyTree]  # of every role, at the start
+    example: Any = None  # Prompts of `jax.ShapeDtypeStruct`s: what a step draws
+    sampling: Any = None  # Sampling: the run's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """What a `rollout` may do, besides what it is given.
 
-    sample: `(key, Prompts, size, context=None) -> Rollouts` draws `size` responses a prompt from the current policy;
-        `context` (`[B C S]`) replaces the prompts' own tokens.
+    sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None) -> Rollouts` draws
+        `size` responses a prompt from the current policy. `context` (`[B C S]`) replaces the prompts' own tokens,
+        `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most tokens of each row, 0 for none;
+        `until(ended [B G] bool) -> bool` stops all rows where they are (such rows are `truncated`).
     score: `(role, Rollouts) -> Scores` of a role in `models`, under `rollouts.context`.
     reward: `(Rollouts) -> [B G]` asks the verifier; NaN where it cannot score.
     models: parameters by role.
     step: `[]` int32.
+    length: `T`, the response budget in tokens.
     """
 
     sample: Callable[..., Rollouts]
@@ -214,6 +230,7 @@ class World:
     reward: Callable[[Rollouts], Array]
     models: dict[str, PyTree]
     step: Array
+    length: int
 
 
 def _no_memory(problem: Problem) -> Memory:
@@ -239,6 +256,42 @@ class Stage:
     apply: Callable[..., tuple[Any, Memory]]
     init: Callable[[Problem], Memory] = _no_memory
     observe: Callable[[Memory, Batch], Memory] = _forget
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossStage(Stage):
+    """A loss that remembers. `apply(memory, key, scores, batch) -> ((scalar, metrics), memory)`.
+
+    aggregate: as `PolicyLoss.aggregate`.
+    prepare: `(memory, scores, batch) -> pytree`, as `PolicyLoss.prepare`; found in `batch.prepared`.
+    """
+
+    aggregate: Callable[[Array], Array] | None = None
+    prepare: Callable[[Memory, Scores, Batch], PyTree] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learn:
+    """What an `update` may do: called, it takes one optimiser step, `(models, batch, loss=None) -> (models, metrics)`.
+
+    `models` is `(parameters by role, optimiser states by trained role)`. `loss` replaces the recipe's: a plain
+    `(Scores, Batch) -> (scalar, metrics)` that reads no score the recipe does not.
+
+    step: what a call does.
+    objective: `(models, batch, loss=None) -> (trained parameters by role -> (scalar, metrics))`.
+    gradient: `(models, batch, loss=None) -> ((scalar, metrics), gradients by trained role)`.
+    world: `(models) -> World` with those models, so that an update can sample.
+    batch: `(models, Rollouts) -> Batch`: verified and scored by the roles the recipe reads; its slots have not run.
+    """
+
+    step: Callable[..., tuple[Any, Metrics]]
+    objective: Callable[..., Callable[[dict[str, PyTree]], tuple[Array, Metrics]]]
+    gradient: Callable[..., tuple[tuple[Array, Metrics], dict[str, PyTree]]]
+    world: Callable[[Any], World]
+    batch: Callable[[Any, Rollouts], Batch]
+
+    def __call__(self, models: Any, batch: Batch, loss: Callable[..., Any] | None = None) -> tuple[Any, Metrics]:
+        return self.step(models, batch, loss)
 
 
 class Learner(NamedTuple):

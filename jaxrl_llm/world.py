@@ -40,13 +40,16 @@ def example(task: Task, n: int) -> PyTree:
 def sample(
     policy: Policy,
     task: Task,
-    length: int,
+    budget: int,
     state: TrainState,
     key: Array,
     prompts: Prompts,
     size: int,
     context: Context | None = None,
     sampling: Sampling | None = None,
+    length: int | None = None,
+    limit: Array | None = None,
+    until: Callable[[Array], Array] | None = None,
 ) -> Rollouts:
     """`World.sample`: groups of `size` responses. Row `(b, g)` has a key of its own, whatever `B` and `size`."""
     b = prompts.index.shape[0]
@@ -60,9 +63,11 @@ def sample(
         keys,
         context,
         sampling,
-        length=length,
+        length=budget if length is None else length,
         eos=(task.tokenizer.eos_token_id,),
         stop=task.stop,
+        limit=limit,
+        until=until,
     )
     return Rollouts(
         prompts=prompts,
@@ -109,7 +114,7 @@ def _known(rollouts: Rollouts, ask: Callable[[tuple[Prompts, Array, Array]], Arr
 
 def batch_of(rollouts: Rollouts, outcome: Array, step: Array) -> tuple[Batch, Array]:
     """The batch before any slot ran, and `[B G]` the rows that have tokens and a score."""
-    scored = ~jnp.isnan(outcome) & rollouts.mask.any(-1)
+    scored = ~jnp.isnan(outcome) & rollouts.scored.any(-1)
     # What stands at padding is whatever the rollout left there.
     rollouts = dataclasses.replace(
         rollouts,

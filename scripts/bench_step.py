@@ -175,7 +175,7 @@ def measure(name: str, size: str, kl: float, repeats: int, dtype: str, remat: st
         "compile_s": compile_seconds, "traces": traces,
         "temporary_MB": memory.temp_size_in_bytes / 1e6, "state_MB": memory.argument_size_in_bytes / 1e6,
     }  # fmt: skip
-    floor = floors(work, size, bool(kl), length, rates(size, work.rows))
+    floor = floors(work, size, bool(kl), length, rates(size, work.rows * work.seeds))
     times_floor = {"generation": gen, "update": total - gen, "step": total}
     return out | {"floor": floor} | {f"{k}_over_floor": v / floor[k] for k, v in times_floor.items()}
 

@@ -24,7 +24,7 @@ class Critic:
 
     init: `(key) -> params`.
     value: if `shared`, `(params, hidden [... D]) -> [...]` on the policy's own hidden states, else
-        `(params, rollouts) -> [B G T]`, 0 where not `rollouts.mask`. Position `t` is the state before token `t`.
+        `(params, rollouts) -> [B G T]`, 0 where not `rollouts.scored`. Position `t` is the state before token `t`.
     shared: whether the policy's trunk is the critic's too.
     """
 
@@ -95,8 +95,8 @@ def hidden_states(model: Model, params: PyTree, rollouts: Rollouts, *, after: bo
 
 
 def _value(model: Model, params: PyTree, rollouts: Rollouts) -> Array:
-    hidden = masked(rollouts.mask[..., None], hidden_states(model, params["trunk"], rollouts))
-    return masked(rollouts.mask, linear(params["head"], hidden))
+    hidden = masked(rollouts.scored[..., None], hidden_states(model, params["trunk"], rollouts))
+    return masked(rollouts.scored, linear(params["head"], hidden))
 
 
 def _reward(model: Model, params: PyTree, rollouts: Rollouts) -> Array:

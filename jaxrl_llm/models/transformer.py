@@ -78,7 +78,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, angles: tuple[Array, Array], seen: PyTree) -> tuple[Array, Any]:
         c = self.config
-        dense = functools.partial(nn.Dense, dtype=c.dtype, param_dtype=jnp.float32, use_bias=False)
+        dense = functools.partial(nn.Dense, dtype=c.dtype, param_dtype=jnp.float32, use_bias=False, dot_general=_rows)
         norm = functools.partial(RMSNorm, c.rms_norm_eps)
 
         h = norm(name="input_norm")(x)
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
         """`[... D] -> [... V]` float32."""
         c = self.config
         kernel = self.embed.T if c.tie_word_embeddings else self.lm_head
-        return jnp.dot(hidden.astype(c.dtype), kernel.astype(c.dtype), preferred_element_type=jnp.float32)
+        contract = (((hidden.ndim - 1,), (0,)), ((), ()))
+        return _rows(hidden.astype(c.dtype), kernel.astype(c.dtype), contract, preferred_element_type=jnp.float32)
 
     def everything(self, tokens: Array, positions: Array, seen: PyTree) -> Array:
         return self.unembed(self.final(self(tokens, positions, seen)[0]))
@@ -237,6 +238,15 @@ def transformer(config: TransformerConfig) -> Model:
         empty=empty,
         decode=decode,
     )
+
+
+def _rows(x: Array, kernel: Array, contract: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` of `[... D]` and `[D E]` on one axis of rows.
+
+    A kernel's gradient contracts all leading axes; over more than one of them XLA transposes what it reads first.
+    """
+    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), contract[1]), **options)
+    return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _attend_self(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ def sample(
     eos: tuple[int, ...] = (),
     stop: tuple[tuple[int, ...], ...] = (),
     slots: int | None = None,
+    limit: Array | None = None,
+    until: Callable[[Array], Array] | None = None,
 ) -> Samples:
     """Draws one response a key.
 
@@ -41,23 +44,27 @@ def sample(
       model: what to sample from.
       params: its parameters.
       keys: `[B G]` typed keys.
-      context: `[B C S]`, `C` 1 (each context is encoded once for its `G` rows) or `G`.
+      context: `[B C S]`, each encoded once for the `G / C` consecutive rows that share it.
       sampling: leaves scalar or `[B G]`; changing their values compiles nothing.
       length: `T`, the most tokens a response has.
       eos: tokens that end a response. They are sampled tokens: part of the response and of its mask.
       stop: token sequences that end a response once its last tokens equal one of them. They stay in the response.
       slots: how many rows are decoded at a time; a row that ends makes room for the next one inside the loop. None
         decodes all rows at once. The responses are the same; memory is that of `slots` rows with a prefix each.
+      limit: `[B G]` int32, the most tokens of each row where that is less than `length`; 0 for a row without any.
+      until: `(ended [B G] bool) -> bool`: once true, no row gets another token. `ended` rows met EOS, a stop sequence
+        or their limit. With it all rows are decoded at once.
 
     Returns:
-      `[B G T]` samples; `truncated` rows ended by length.
+      `[B G T]` samples; `truncated` rows ended neither at EOS nor with a stop sequence.
 
     Raises:
       ValueError: sizes that do not fit each other.
     """
     (b, g), (_, c, s) = keys.shape, context.tokens.shape
-    if context.tokens.shape[0] != b or c not in (1, g):
-        raise ValueError(f"context must be [B C S] with B={b} and C 1 or G={g} to fit keys, got {context.tokens.shape}")
+    if context.tokens.shape[0] != b or c == 0 or g % c:
+        shape = context.tokens.shape
+        raise ValueError(f"context must be [B C S] with B={b} and C a divisor of G={g} to fit keys, got {shape}")
     if length < 1 or (slots is not None and slots < 1):
         raise ValueError(f"length and slots must be at least 1, got length={length}, slots={slots}")
     if b * g == 0:
@@ -74,11 +81,22 @@ def sample(
         numbers=uniform(steps).reshape(m, r, length),
         sampling=jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (b, g)).reshape(m, r), sampling),
     )
-    if slots is None or slots >= b * g:
-        samples = _at_once(model, params, pending, ending)
+    limit = jnp.full((b, g), length) if limit is None else jnp.minimum(limit, length)
+    if until is not None or slots is None or slots >= b * g:
+        enough = None if until is None else lambda ended: until(ended.reshape(b, g))
+        samples = _at_once(model, params, pending, ending, limit.reshape(m, r), enough)
     else:
         samples = refilled(model, params, pending, ending, slots)
+        samples = _limited(samples, limit.reshape(m, r))
     return Samples(**{name: x.reshape(b, g, *x.shape[2:]) for name, x in vars(samples).items()})
+
+
+def _limited(samples: Samples, limit: Array) -> Samples:
+    """The first `limit` tokens of every row."""
+    mask = samples.mask & (jnp.arange(samples.mask.shape[-1]) < limit[..., None])
+    kept = {name: jnp.where(mask, getattr(samples, name), 0) for name in ("tokens", "logp", "entropy")}
+    cut = (mask != samples.mask).any(-1)
+    return Samples(**kept, mask=mask, truncated=samples.truncated | cut)
 
 
 def _nothing(shape: tuple[int, int], length: int) -> Samples:
@@ -99,12 +117,20 @@ class _Rows:
     t: Array  # [] int32
     cache: Cache
     current: Array  # [M R] int32, what is fed next
-    alive: Array  # [M R] bool
+    alive: Array  # [M R] bool: to be continued
+    ended: Array  # [M R] bool: at EOS or with a stop sequence
     recent: Array  # [M R L] int32
     written: tuple[Array, ...]  # token, log-prob, entropy, mask, each [T M R]
 
 
-def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> Samples:
+def _at_once(
+    model: Model,
+    params: PyTree,
+    pending: Pending,
+    ending: Ending,
+    limit: Array,
+    enough: Callable[[Array], Array] | None,
+) -> Samples:
     m, r, length = pending.numbers.shape
     decoder = model.decoder(params)
     numbers = jnp.moveaxis(pending.numbers, -1, 0)
@@ -119,14 +145,20 @@ def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> 
         recent, ends = ending(rows.recent, drawn[0])
         new = (*(jnp.where(alive, x, 0) for x in drawn), alive)
         written = tuple(write(x, y, t, -3) for x, y in zip(rows.written, new, strict=True))
-        return _Rows(t=t + 1, cache=cache, current=new[0], alive=alive & ~ends, recent=recent, written=written)
+        ended = rows.ended | (alive & ends)
+        alive = alive & ~ends & (t + 1 < limit)
+        if enough is not None:
+            alive &= ~enough(ended | (t + 1 >= limit))
+        return _Rows(t=t + 1, cache=cache, current=new[0], alive=alive, ended=ended, recent=recent, written=written)
 
     zeros = functools.partial(jnp.zeros, (length, m, r))
+    alive = limit > 0
     rows = _Rows(
         t=jnp.int32(0),
         cache=model.empty(m, r, 0),
         current=jnp.broadcast_to(pending.last[:, None], (m, r)),
-        alive=jnp.ones((m, r), bool),
+        alive=alive if enough is None else alive & ~enough(~alive),
+        ended=jnp.zeros((m, r), bool),
         recent=ending.empty((m, r)),
         written=(zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), zeros(bool)),
     )
@@ -134,7 +166,7 @@ def _at_once(model: Model, params: PyTree, pending: Pending, ending: Ending) -> 
         cache = jax.tree.map(_grown, model.empty(m, r, end), rows.cache)
         rows = lax.while_loop(functools.partial(going, end=end), step, dataclasses.replace(rows, cache=cache))
     tokens, logp, entropy, mask = (jnp.moveaxis(x, 0, -1) for x in rows.written)
-    return Samples(tokens=tokens, mask=mask, logp=logp, entropy=entropy, truncated=rows.alive)
+    return Samples(tokens=tokens, mask=mask, logp=logp, entropy=entropy, truncated=~rows.ended)
 
 
 def _segments(length: int) -> list[int]:

@@ -32,7 +32,7 @@ def make(correct, *, counted=None):
         n = correct[rollouts.prompts.index][:, None]
         return jnp.where(jnp.isnan(n), jnp.nan, (jnp.arange(G) < n).astype(jnp.float32))
 
-    return World(sample=sample, score=None, reward=reward, models={}, step=jnp.asarray(0))
+    return World(sample=sample, score=None, reward=reward, models={}, step=jnp.asarray(0), length=3)
 
 
 def run(correct, *, rounds, counted=None, jit=True):

@@ -287,8 +287,8 @@ def test_context_of_one_token(params):
 
 
 def test_arguments_that_do_not_fit_are_named(params):
-    keys, context = jax.random.split(jax.random.key(0), (2, 4)), contexts(2, 2, 6)
-    with pytest.raises(ValueError, match="C 1 or G=4"):
+    keys, context = jax.random.split(jax.random.key(0), (2, 4)), contexts(2, 3, 6)
+    with pytest.raises(ValueError, match="C a divisor of G=4"):
         sample(MODEL, params, keys, context, Sampling(), length=5)
     with pytest.raises(ValueError, match="slots"):
         sample(MODEL, params, keys, contexts(2, 1, 6), Sampling(), length=5, slots=0)
