@@ -6,10 +6,18 @@ import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a test is compilation. The flags are read once, when the backend starts; programs the tests start keep theirs.
+FLAGS = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{FLAGS or ''} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()
+if FLAGS is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = FLAGS
 
 import jax.numpy as jnp
 import pytest

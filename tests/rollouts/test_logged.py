@@ -14,7 +14,9 @@ from jaxrl_llm.types import INJECTED, PADDING, Logged, World
 
 
 def world(**kwargs):
-    return World(**{"sample": None, "score": None, "reward": None, "models": {}, "step": jnp.asarray(7), "length": 3, **kwargs})
+    return World(
+        **{"sample": None, "score": None, "reward": None, "models": {}, "step": jnp.asarray(7), "length": 3, **kwargs}
+    )
 
 
 def data():
