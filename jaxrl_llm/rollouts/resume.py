@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,5 +77,5 @@ def resume(
         return jnp.where(place < 0, old, jnp.take_along_axis(added, jnp.maximum(place, 0), axis=-1))
 
     names = ("tokens", "mask", "role", "logp", "entropy", "version")
-    fields = {name: spliced(getattr(partial, name), getattr(new, name)) for name in names}
+    fields: dict[str, Any] = {name: spliced(getattr(partial, name), getattr(new, name)) for name in names}
     return dataclasses.replace(partial, **fields, truncated=jnp.where(limit > 0, new.truncated, partial.truncated))

