@@ -33,6 +33,9 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "update": ("key", "models", "batch", "learn"),
 }
 
+# Whose logits a measure may ask for.
+ROLES = ("old", "reference", "teacher", "elsewhere")
+
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
@@ -62,8 +65,9 @@ class Algorithm:
     measures: what to compute where the vocabulary is at hand, `{name: function}`; found in `scores.extras[name]` (and
         in those of `batch.old` and `batch.reference`), and computed only if read there. A function of
         `(logits [... V], tokens [...], hidden [... D])` gives `[...]` or `[... n]`. Keyword-only arguments without
-        default ask for the logits of a role at the same places, without gradient: "old" (the policy before the
-        update), "reference", or "teacher" (the reference after `rollouts.teacher`).
+        default ask for the logits of a role at the same places: "old" (the policy before the update), "reference" and
+        "teacher" (the reference after `rollouts.teacher`) without gradient, "elsewhere" (the current policy after
+        `rollouts.teacher`) with.
 
     Each slot takes a plain function, a `Stage` (a function with memory) or a `chain` of them.
 
@@ -85,10 +89,10 @@ class Algorithm:
         for slot, arguments in SLOTS.items():
             _check(slot, getattr(self, slot), arguments)
         for name, measure in self.measures.items():
-            if unknown := sorted(roles_of(measure) - {"old", "reference", "teacher"}):
+            if unknown := sorted(roles_of(measure) - set(ROLES)):
                 raise TypeError(
                     f"measure {name!r} has the keyword-only argument {unknown[0]!r}: bind it with functools.partial, "
-                    "or name a role (old, reference, teacher)"
+                    f"or name a role ({', '.join(ROLES)})"
                 )
 
 

@@ -108,6 +108,7 @@ def learner(
             params=models,
             example=example,
             sampling=behaviour,
+            width=policy.width,
         )
         trained = {role: optimizers[role].init(models[role]) for role in models if role != "reference"}
         return TrainState(
@@ -145,6 +146,7 @@ def learner(
             models=state.params,
             step=state.step,
             length=length,
+            sampling=state.sampling,
         )
 
     def learn(state: TrainState, rollouts: Rollouts, outcome: Array, needs: Needs) -> tuple[TrainState, Metrics]:
@@ -177,7 +179,7 @@ def learner(
 
             def of(trained: dict[str, PyTree], part: Batch) -> tuple[Array, Metrics]:
                 now = {**params, **trained}
-                scores = score_current(now, part.rollouts, needs.current, recipe, others(state, part, needs))
+                scores = score_current(now, part.rollouts, needs.current, recipe, others(state, now, part, needs))
                 if terms.prepare and accumulate == 1:
                     part = terms.prepared(jax.lax.stop_gradient(scores), part)
                 value, found = terms(scores, part)
@@ -193,7 +195,9 @@ def learner(
                 return batch
 
             def score_part(part: Batch) -> Scores:
-                return score_current(models[0], part.rollouts, needs.prepare, recipe, others(state, part, needs))
+                return score_current(
+                    models[0], part.rollouts, needs.prepare, recipe, others(state, models[0], part, needs)
+                )
 
             return terms.prepared(jax.lax.stop_gradient(micro.mapped(score_part, batch, accumulate)), batch)
 
@@ -247,17 +251,19 @@ def learner(
             return of(fields=fields, heads={"value": value})
         return dataclasses.replace(of(fields=fields - {"value"}), value=value(rollouts))
 
-    def others(state: TrainState, part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
+    def others(state: TrainState, now: dict[str, PyTree], part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
         """Parameters and hidden states of the roles whose logits the recipe's measures ask for."""
+        models = {"old": state.params["policy"], "elsewhere": now["policy"]}
         found = {}
         for role in sorted(needs.others):
-            params, rollouts = state.params["policy" if role == "old" else "reference"], part.rollouts
-            if role == "teacher":
+            rollouts, params = part.rollouts, models.get(role, state.params.get("reference"))
+            if role in ("teacher", "elsewhere"):
                 if rollouts.teacher is None:
-                    raise ValueError("a measure asks for the teacher, and the rollout slot set no rollouts.teacher")
+                    raise ValueError(f"a measure asks for {role!r}, and the rollout slot set no rollouts.teacher")
                 rollouts = dataclasses.replace(rollouts, context=rollouts.teacher)
+            params = params if role == "elsewhere" else jax.lax.stop_gradient(params)
             found[role] = params, policy.hidden(params, rollouts)
-        return jax.lax.stop_gradient(found)
+        return found
 
     def with_roles(batch: Batch, params: dict[str, PyTree], needs: Needs, recipe: Algorithm) -> Batch:
         """What other models, and the policy before its update, say of the rollouts: only what the recipe reads."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithm import SLOTS, Algorithm, roles_of
+from jaxrl_llm.algorithm import ROLES, SLOTS, Algorithm, roles_of
 from jaxrl_llm.liveness import reads
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.policy import EXTRAS, Policy
@@ -81,10 +81,8 @@ def needs_of(
     """Traces the recipe on abstract data and sees which scores its loss, its slots and their memories depend on."""
     state, rollouts = jax.eval_shape(lambda key, prompts: collect(init(key), prompts), jax.random.key(0), prompts)
     params = state.params["policy"]
-    # A teacher reads another context; the shapes are the same.
-    every = {
-        role: (params, jax.eval_shape(policy.hidden, params, rollouts)) for role in ("old", "reference", "teacher")
-    }
+    # Some read another context; the shapes are the same.
+    every = {role: (params, jax.eval_shape(policy.hidden, params, rollouts)) for role in ROLES}
     names = frozenset(EXTRAS) | frozenset(algorithm.measures)
     of = functools.partial(policy.score, fields=names | {"logp", "entropy"}, measures=algorithm.measures)
     some = jax.eval_shape(lambda params, rollouts, every: of(params, rollouts, others=every), params, rollouts, every)

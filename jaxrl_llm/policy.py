@@ -27,11 +27,12 @@ class Policy:
     """Everything the engine knows of a policy.
 
     init: `(key) -> params`.
-    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until) ->
+    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until, own) ->
         Samples [B G T]`.
     score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
         responses under `rollouts.context` and `rollouts.sampling`; see `score`.
     hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles.
+    width: `D`.
     """
 
     vocab: int
@@ -39,6 +40,7 @@ class Policy:
     sample: Callable[..., Samples]
     score: Callable[..., Scores]
     hidden: Callable[[PyTree, Rollouts], Array]
+    width: int = 0
 
 
 def language_model(model: Model, *, slots: int | None = None, logits_bytes: int = 2**30) -> Policy:
@@ -56,6 +58,7 @@ def language_model(model: Model, *, slots: int | None = None, logits_bytes: int 
         sample=functools.partial(sample, model, slots=slots),
         score=functools.partial(score, model, logits_bytes=logits_bytes),
         hidden=functools.partial(hidden_states, model),
+        width=model.width,
     )
 
 
@@ -93,7 +96,7 @@ def score(
       fields: of "logp", "entropy", names in `EXTRAS` and `measures`, and names in `heads`.
       heads: `(hidden [B G T D]) -> [B G T ...]` by field; all but "value" land in `extras`.
       measures: more `EXTRAS`, see `Algorithm.measures`.
-      others: parameters and hidden states `[B G T D]` of the roles that measures ask for.
+      others: parameters and hidden states `[B G T D]` of the roles that measures ask for; what has a gradient keeps it.
       logits_bytes: see `language_model`.
 
     Returns:
@@ -136,7 +139,7 @@ def _of_logits(
     sampling: Sampling,
 ) -> dict[str, Array]:
     logits = model.logits(params[0], hidden[0])
-    others = jax.lax.stop_gradient({role: model.logits(params[1][role], h) for role, h in hidden[1].items()})
+    others = {role: model.logits(params[1][role], h) for role, h in hidden[1].items()}
     found = {}
     for name, measure in measures.items():
         found[name] = measure(logits, tokens, hidden[0], **{role: others[role] for role in roles_of(measure)})

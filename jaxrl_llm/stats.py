@@ -117,6 +117,26 @@ def mixed(outcome: Array, keep: Array, *, threshold: float | Array = 0.5) -> Arr
     return (correct > 0) & (correct < keep.sum(-1))
 
 
+def masked_quantile(x: Array, mask: Array, q: float | Array) -> Array:
+    """The value of nearest rank to `q` (in 0 to 1) where `mask`, `[]`; 0 if there is nothing."""
+    ordered = jnp.sort(jnp.where(mask, x, jnp.inf).ravel())
+    rank = jnp.round(q * jnp.maximum(mask.sum() - 1, 0)).astype(jnp.int32)
+    return masked(mask.any(), ordered[rank])
+
+
+def largest(x: Array, mask: Array, count: Array) -> Array:
+    """Bool, shaped like `x`: the `count` largest values where `mask`; of equal ones the first.
+
+    Args:
+      x: any shape.
+      mask: bool, the same shape.
+      count: `[]` int; all of `mask` if there are fewer, none if it is not positive.
+    """
+    order = jnp.argsort(jnp.where(mask, -x, jnp.inf).ravel())
+    chosen = jnp.zeros(x.size, bool).at[order].set(jnp.arange(x.size) < count)
+    return mask & chosen.reshape(x.shape)
+
+
 def discounted_sum(x: Array, decay: Array) -> Array:
     """`y_t = x_t + decay_t * y_{t+1}` over the last axis, in logarithmic depth. Shapes `[... T]`."""
     total: Array = jax.lax.associative_scan(_compose, (decay, x), reverse=True, axis=x.ndim - 1)[1]

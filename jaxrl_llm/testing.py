@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,11 +12,28 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrl_llm import world as outside
 from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.losses.aggregate import token_mean
+from jaxrl_llm.policy import Policy
 from jaxrl_llm.rewards.basic import at_last_token
 from jaxrl_llm.stages import lift, write
-from jaxrl_llm.types import PADDING, POLICY, Batch, Context, Metrics, Problem, Prompts, Rollouts, Sampling, Scores
+from jaxrl_llm.tasks.task import Task
+from jaxrl_llm.types import (
+    PADDING,
+    POLICY,
+    Batch,
+    Context,
+    Metrics,
+    Problem,
+    Prompts,
+    PyTree,
+    Rollouts,
+    Sampling,
+    Scores,
+    TrainState,
+    World,
+)
 
 
 class Evaluated(NamedTuple):
@@ -168,11 +186,17 @@ def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
     return batch
 
 
-def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
-    """The loss as the engine computes it in one optimiser step, and its derivative by every token's log-prob."""
+def whole_step(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Batch:
+    """`batch` with what the engine finds on the whole optimiser step: shares, and what the loss prepares."""
     batch = dataclasses.replace(batch, share=getattr(loss, "aggregate", token_mean)(batch.mask))
     if prepare := getattr(loss, "prepare", None):
         batch = dataclasses.replace(batch, prepared=jax.lax.stop_gradient(prepare(scores, batch)))
+    return batch
+
+
+def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
+    """The loss as the engine computes it in one optimiser step, and its derivative by every token's log-prob."""
+    batch = whole_step(loss, scores, batch)
 
     def of(logp: Array) -> tuple[Array, Metrics]:
         value, metrics = loss(dataclasses.replace(scores, logp=logp), batch)
@@ -185,3 +209,45 @@ def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch)
 
 def _per_token(x: Array, shape: tuple[int, ...]) -> Array:
     return x if x.ndim == 3 else jnp.broadcast_to(x[..., None], shape)
+
+
+def toy_world(
+    policy: Policy,
+    task: Task,
+    params: PyTree,
+    *,
+    length: int,
+    step: int = 0,
+    sampling: Sampling | None = None,
+    reward: Callable[[Rollouts], Array] | None = None,
+) -> World:
+    """A world with the given parameters, outside of any training.
+
+    Args:
+      policy: samples.
+      task: its end token, its stop sequences and, if `reward` is None, its verifier.
+      params: of the policy.
+      length: `T`.
+      step: the version of the tokens.
+      sampling: the distribution; temperature 1 if None.
+      reward: `(Rollouts) -> [B G]`.
+    """
+    sampling = Sampling(temperature=jnp.ones(())) if sampling is None else sampling
+    state = TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        key=jax.random.key(0),
+        params={"policy": params},
+        opt_state={},
+        memory={},
+        numbers={},
+        sampling=sampling,
+    )
+    return World(
+        sample=functools.partial(outside.sample, policy, task, length, state),
+        score=lambda role, rollouts: policy.score(params, rollouts, frozenset({"logp", "entropy"})),
+        reward=functools.partial(outside.verifier(task), inside=True) if reward is None else reward,
+        models=state.params,
+        step=state.step,
+        length=length,
+        sampling=sampling,
+    )

@@ -116,7 +116,7 @@ class Rollouts:
     sampling: Sampling  # leaves [B G]: what the log-probs are defined under
     outcome: Array | None = None  # [B G] float32: set by rollouts that asked the verifier; NaN: could not be scored
     generated: Array | None = None  # [B] float32: tokens sampled for a group, its share of discarded ones included
-    teacher: Context | None = None  # [B C S]: what the role "teacher" reads before the response (privileged context)
+    teacher: Context | None = None  # [B C S]: what the roles "teacher" and "elsewhere" read before the response
     credit: Array | None = None  # [B G T] float32: what a token's segment gained, by rollouts that branch to find out
     valued: Array | None = None  # [B G T] bool: tokens a critic learns from, if they are not those of `mask`
     turn: Array | None = None  # [B G T] int32
@@ -132,6 +132,11 @@ class Rollouts:
     def scored(self) -> Array:
         """`[B G T]` bool: the tokens models are asked about."""
         return self.mask if self.valued is None else self.mask | self.valued
+
+    @property
+    def injected(self) -> Array:
+        """`[B G]` bool: rows with tokens somebody else wrote (demonstrations)."""
+        return (self.role == INJECTED).any(-1)
 
     @property
     def lengths(self) -> Array:
@@ -208,21 +213,24 @@ class Problem:
     params: dict[str, PyTree]  # of every role, at the start
     example: Any = None  # Prompts of `jax.ShapeDtypeStruct`s: what a step draws
     sampling: Any = None  # Sampling: the run's
+    width: int = 0  # D, of the policy's hidden states
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """What a `rollout` may do, besides what it is given.
 
-    sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None) -> Rollouts` draws
-        `size` responses a prompt from the current policy. `context` (`[B C S]`) replaces the prompts' own tokens,
-        `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most tokens of each row, 0 for none;
-        `until(ended [B G] bool) -> bool` stops all rows where they are (such rows are `truncated`).
+    sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None, own=None) ->
+        Rollouts` draws `size` responses a prompt from the current policy. `context` (`[B C S]`) replaces the prompts'
+        own tokens, `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most tokens of each
+        row, 0 for none; `until(ended [B G] bool) -> bool` stops all rows where they are (such rows are `truncated`);
+        `own` (`[B C]`) is how many of a context's last tokens are the beginning of its responses.
     score: `(role, Rollouts) -> Scores` of a role in `models`, under `rollouts.context`.
     reward: `(Rollouts) -> [B G]` asks the verifier; NaN where it cannot score.
     models: parameters by role.
     step: `[]` int32.
     length: `T`, the response budget in tokens.
+    sampling: the run's.
     """
 
     sample: Callable[..., Rollouts]
@@ -231,6 +239,7 @@ class World:
     models: dict[str, PyTree]
     step: Array
     length: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
 
 
 def _no_memory(problem: Problem) -> Memory:

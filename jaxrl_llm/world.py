@@ -50,6 +50,7 @@ def sample(
     length: int | None = None,
     limit: Array | None = None,
     until: Callable[[Array], Array] | None = None,
+    own: Array | None = None,
 ) -> Rollouts:
     """`World.sample`: groups of `size` responses. Row `(b, g)` has a key of its own, whatever `B` and `size`."""
     b = prompts.index.shape[0]
@@ -68,6 +69,7 @@ def sample(
         stop=task.stop,
         limit=limit,
         until=until,
+        own=own,
     )
     return Rollouts(
         prompts=prompts,

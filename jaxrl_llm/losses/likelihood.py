@@ -33,3 +33,14 @@ class NegativeLogLikelihood:
         nll = -masked(batch.mask, scores.logp)
         weight = jnp.ones_like(nll) if batch.weight is None else jax.lax.stop_gradient(masked(batch.mask, batch.weight))
         return jnp.sum(batch.share * weight * nll), {"nll": nll}
+
+
+def weighted_logp(scores: Scores, batch: Batch) -> tuple[Array, Metrics]:
+    """`sum_t A_t * l_t`, and no metrics: linear in the advantages, so differentiable by them.
+
+    Raises:
+      ValueError: the log-probs or the advantages were not computed.
+    """
+    if scores.logp is None or batch.advantage is None:
+        raise ValueError("weighted_logp needs scores.logp and batch.advantage")
+    return jnp.sum(masked(batch.mask, batch.advantage) * masked(batch.mask, scores.logp)), {}

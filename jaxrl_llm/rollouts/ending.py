@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_llm.types import Context
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ending:
@@ -30,6 +32,13 @@ class Ending:
     def empty(self, shape: tuple[int, ...]) -> Array:
         """The memory of a response without tokens: as many last tokens as the longest stop sequence has."""
         return jnp.full((*shape, max(map(len, self.stop), default=0)), -1, jnp.int32)
+
+    def after(self, context: Context, own: Array) -> Array:
+        """The memory `[... L]` of responses that begin with the last `own` `[...]` tokens of a context `[... S]`."""
+        back = jnp.arange(self.empty(()).shape[0])[::-1]
+        place = context.mask.sum(-1)[..., None] - 1 - back
+        tokens = jnp.take_along_axis(context.tokens, jnp.maximum(place, 0), axis=-1)
+        return jnp.where(back < own[..., None], tokens, -1)
 
     def __call__(self, recent: Array, token: Array) -> tuple[Array, Array]:
         """`recent` `[... L]`, the new `token` `[...]` -> the new `recent`, whether the response ends `[...]` bool."""

@@ -23,6 +23,8 @@ class Pending:
     last: Array  # [M] int32, the context's last token
     numbers: Array  # [M R T] float32, the noise
     sampling: Sampling  # leaves [M R]
+    limit: Array  # [M R] int32, the most tokens
+    recent: Array  # [M L] int32, the response's last tokens before it goes on
 
 
 @record
@@ -57,6 +59,7 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
     decoder = model.decoder(params)
     numbers = pending.numbers.reshape(n, length)
     sampling = jax.tree.map(lambda x: x.reshape(n), pending.sampling)
+    limit = pending.limit.reshape(n)
     ceiling = -(-n // slots) * length  # the j-th row starts at step (j // slots) * length at the latest
 
     def going(state: _Slots) -> Array:
@@ -82,7 +85,7 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
         return _Slots(
             i=state.i + 1,
             next=state.next,
-            row=jnp.where(ends | (state.t + 1 == length), n, state.row),
+            row=jnp.where(ends | (state.t + 1 >= limit[row]), n, state.row),
             t=jnp.minimum(state.t + 1, length - 1),
             current=token,
             recent=recent,
@@ -110,7 +113,7 @@ def refilled(model: Model, params: PyTree, pending: Pending, ending: Ending, slo
             for fill, dtype in ((0, jnp.int32), (0, jnp.float32), (0, jnp.float32), (n, jnp.int32), (0, bool))
         ),
     )
-    return _ordered(lax.while_loop(going, step, state), m, r, length)
+    return _ordered(lax.while_loop(going, step, state), pending.limit, length)
 
 
 def _fill(state: _Slots, pending: Pending) -> _Slots:
@@ -144,7 +147,7 @@ def _fill(state: _Slots, pending: Pending) -> _Slots:
         row=row,
         t=jnp.where(free, 0, state.t),
         current=jnp.where(new, pending.last[jnp.minimum(row, n - 1) // r], state.current),
-        recent=jnp.where(free[:, None], -1, state.recent),
+        recent=jnp.where(free[:, None], pending.recent[jnp.minimum(row, n - 1) // r], state.recent),
         prefix=prefix,
         mask=mask,
         cache=state.cache,
@@ -153,12 +156,13 @@ def _fill(state: _Slots, pending: Pending) -> _Slots:
     )
 
 
-def _ordered(state: _Slots, m: int, r: int, length: int) -> Samples:
+def _ordered(state: _Slots, limit: Array, length: int) -> Samples:
+    m, r = limit.shape
     first, slot = state.place
     i = jnp.minimum(first[:, None] + jnp.arange(length), state.written[0].shape[0] - 1)
     token, logp, entropy, row, ended = (x[i, slot[:, None]] for x in state.written)
     # A row's tokens are consecutive in its slot; what follows them there is another's.
-    mask = row == jnp.arange(m * r)[:, None]
+    mask = (row == jnp.arange(m * r)[:, None]) & (limit.reshape(-1, 1) > 0)
     token, logp, entropy = (jnp.where(mask, x, 0).reshape(m, r, length) for x in (token, logp, entropy))
     truncated = ~jnp.any(mask & ended, axis=-1)
     return Samples(

@@ -50,6 +50,8 @@ def resume(
     *,
     window: int | None = None,
     until: Callable[[Array], Array] | None = None,
+    shared: int = 1,
+    longest: int | None = None,
 ) -> Rollouts:
     """Continues the unfinished rows where they are, with the current policy; a row may hold tokens of several versions.
 
@@ -59,23 +61,37 @@ def resume(
       partial: `[B G T]`; every row's tokens are what it has so far. All rows of a prompt share its context.
       window: at most how many new tokens a row gets.
       until: see `World.sample`.
+      shared: how many consecutive rows have the same tokens so far, so that these are encoded once.
+      longest: the most tokens a row has so far, if that is known to be less than `T`.
 
     Returns:
       the same rows, longer; log-probs, entropies and versions of tokens that were there are kept.
     """
     size, length = partial.tokens.shape[1:]
-    had = partial.attended.sum(-1)
-    limit = jnp.where(partial.truncated, length - had, 0)
-    limit = limit if window is None else jnp.minimum(limit, window)
-    context = extend(partial.context, (partial.tokens, partial.attended))
+    had = partial.attended.sum(-1, dtype=jnp.int32)
+    limit = jnp.where(unfinished(partial), length - had, 0)
+    rooms = length if window is None else min(window, length)
+    begun = (slice(None), slice(None, None, shared), slice(longest))
+    context = extend(partial.context, (partial.tokens[begun], partial.attended[begun]))
     new = world.sample(
-        key, partial.prompts, size, context=context, sampling=partial.sampling, length=length, limit=limit, until=until
+        key,
+        partial.prompts,
+        size,
+        context=context,
+        sampling=partial.sampling,
+        length=rooms,
+        limit=jnp.minimum(limit, rooms),
+        until=until,
+        own=had[:, ::shared],
     )
     place = jnp.arange(length) - had[..., None]
 
-    def spliced(old: Array, added: Array) -> Array:
-        return jnp.where(place < 0, old, jnp.take_along_axis(added, jnp.maximum(place, 0), axis=-1))
+    def moved(x: Array) -> Array:
+        return jnp.take_along_axis(x, jnp.clip(place, 0, rooms - 1), axis=-1)
 
+    added = (place >= 0) & (place < rooms) & moved(new.attended)
     names = ("tokens", "mask", "role", "logp", "entropy", "version")
-    fields: dict[str, Any] = {name: spliced(getattr(partial, name), getattr(new, name)) for name in names}
+    fields: dict[str, Any] = {
+        name: jnp.where(added, moved(getattr(new, name)), getattr(partial, name)) for name in names
+    }
     return dataclasses.replace(partial, **fields, truncated=jnp.where(limit > 0, new.truncated, partial.truncated))

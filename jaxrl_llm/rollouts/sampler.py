@@ -34,6 +34,7 @@ def sample(
     slots: int | None = None,
     limit: Array | None = None,
     until: Callable[[Array], Array] | None = None,
+    own: Array | None = None,
 ) -> Samples:
     """Draws one response a key.
 
@@ -54,6 +55,8 @@ def sample(
       limit: `[B G]` int32, the most tokens of each row where that is less than `length`; 0 for a row without any.
       until: `(ended [B G] bool) -> bool`: once true, no row gets another token. `ended` rows met EOS, a stop sequence
         or their limit. With it all rows are decoded at once.
+      own: `[B C]` int32, how many of a context's last tokens are the beginning of its responses: a stop sequence may
+        start among them. None if the responses start after the context.
 
     Returns:
       `[B G T]` samples; `truncated` rows ended neither at EOS nor with a stop sequence.
@@ -71,7 +74,9 @@ def sample(
         return _nothing((b, g), length)
     m, r = b * c, g // c
     ending = Ending(eos=tuple(eos), stop=tuple(map(tuple, stop)))
-    prefix, offset, last = prefix_of(jax.tree.map(lambda x: x.reshape(m, s), context))
+    context = jax.tree.map(lambda x: x.reshape(m, s), context)
+    prefix, offset, last = prefix_of(context)
+    limit = jnp.full((b, g), length) if limit is None else jnp.minimum(limit, length)
     steps = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys.reshape(-1), jnp.arange(length))
     pending = Pending(
         prefix=model.prefill(params, prefix),
@@ -80,23 +85,15 @@ def sample(
         last=last,
         numbers=uniform(steps).reshape(m, r, length),
         sampling=jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (b, g)).reshape(m, r), sampling),
+        limit=limit.reshape(m, r),
+        recent=ending.empty((m,)) if own is None else ending.after(context, own.reshape(m)),
     )
-    limit = jnp.full((b, g), length) if limit is None else jnp.minimum(limit, length)
     if until is not None or slots is None or slots >= b * g:
         enough = None if until is None else lambda ended: until(ended.reshape(b, g))
-        samples = _at_once(model, params, pending, ending, limit.reshape(m, r), enough)
+        samples = _at_once(model, params, pending, ending, enough)
     else:
         samples = refilled(model, params, pending, ending, slots)
-        samples = _limited(samples, limit.reshape(m, r))
     return Samples(**{name: x.reshape(b, g, *x.shape[2:]) for name, x in vars(samples).items()})
-
-
-def _limited(samples: Samples, limit: Array) -> Samples:
-    """The first `limit` tokens of every row."""
-    mask = samples.mask & (jnp.arange(samples.mask.shape[-1]) < limit[..., None])
-    kept = {name: jnp.where(mask, getattr(samples, name), 0) for name in ("tokens", "logp", "entropy")}
-    cut = (mask != samples.mask).any(-1)
-    return Samples(**kept, mask=mask, truncated=samples.truncated | cut)
 
 
 def _nothing(shape: tuple[int, int], length: int) -> Samples:
@@ -128,10 +125,10 @@ def _at_once(
     params: PyTree,
     pending: Pending,
     ending: Ending,
-    limit: Array,
     enough: Callable[[Array], Array] | None,
 ) -> Samples:
     m, r, length = pending.numbers.shape
+    limit = pending.limit
     decoder = model.decoder(params)
     numbers = jnp.moveaxis(pending.numbers, -1, 0)
 
@@ -159,7 +156,7 @@ def _at_once(
         current=jnp.broadcast_to(pending.last[:, None], (m, r)),
         alive=alive if enough is None else alive & ~enough(~alive),
         ended=jnp.zeros((m, r), bool),
-        recent=ending.empty((m, r)),
+        recent=jnp.repeat(pending.recent[:, None], r, axis=1),
         written=(zeros(jnp.int32), zeros(jnp.float32), zeros(jnp.float32), zeros(bool)),
     )
     for end in _segments(length):

@@ -9,8 +9,7 @@ import pytest
 
 from jaxrl_llm.algorithm import PolicyLoss
 from jaxrl_llm.algorithms import load, names
-from jaxrl_llm.losses.aggregate import token_mean
-from jaxrl_llm.testing import evaluate, prepare, random_batch
+from jaxrl_llm.testing import evaluate, prepare, random_batch, whole_step
 from jaxrl_llm.types import Scores
 from jaxrl_llm.updates.passes import select
 
@@ -20,7 +19,7 @@ def run(algorithm, scores, batch):
     got = evaluate(algorithm.loss, scores, batch)
     value_gradient = jnp.zeros(())
     if scores.value is not None:
-        shared = dataclasses.replace(batch, share=getattr(algorithm.loss, "aggregate", token_mean)(batch.mask))
+        shared = whole_step(algorithm.loss, scores, batch)
         value_gradient = jax.grad(lambda v: algorithm.loss(dataclasses.replace(scores, value=v), shared)[0])(
             scores.value
         )
@@ -57,12 +56,12 @@ def test_nothing_to_learn_from_is_zero_not_nan(name):
 
 @pytest.mark.parametrize("name", names())
 def test_sum_over_prompts_is_the_whole(name):
-    """Micro-batches add up, with shares of the whole step."""
+    """Micro-batches add up, with shares of the whole step and what was prepared on it."""
     algorithm = load(name)
     scores, batch = random_batch(jax.random.key(1), prompts=4)
     batch = prepare(algorithm, batch)
     whole = evaluate(algorithm.loss, scores, batch)
-    batch = dataclasses.replace(batch, share=getattr(algorithm.loss, "aggregate", token_mean)(batch.mask))
+    batch = whole_step(algorithm.loss, scores, batch)
     parts = [algorithm.loss(*select((scores, batch), jnp.array(rows))) for rows in ([0, 1], [2, 3])]
     np.testing.assert_allclose(parts[0][0] + parts[1][0], whole.value, rtol=2e-5, atol=1e-6)
     for key, x in whole.metrics.items():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from law_settings import INSTEAD, SMALL
+from recurrent import recurrent
 
 from jaxrl_llm import algorithms, checkpoint
 from jaxrl_llm.algorithm import Algorithm, describe
 from jaxrl_llm.engine import learner
 from jaxrl_llm.evaluate import evaluator
 from jaxrl_llm.models.heads import critic
+from jaxrl_llm.policy import language_model
 from jaxrl_llm.run import run
 from jaxrl_llm.sharding import data_mesh, over_data, replicate
 from jaxrl_llm.types import Learner
@@ -36,13 +39,35 @@ def recipe(name):
 
 
 @pytest.fixture(scope="module")
-def build(recipe, policy, letters, tiny):
+def task(letters):
+    """Letters whose rewards are multiplied by the prompt's target; NaN, not to be scored, where that is NaN."""
+
+    def verify(prompts, tokens, mask):
+        return prompts.target[:, None] * letters.verify(prompts, tokens, mask)
+
+    def demonstrate(key, prompts):
+        logged = letters.demonstrate(key, prompts)
+        return dataclasses.replace(logged, reward=jnp.nan_to_num(prompts.target)[:, None] * logged.reward)
+
+    def draw(key, n):
+        return dataclasses.replace(letters.draw(key, n), target=jnp.ones(n))
+
+    return dataclasses.replace(letters, verify=verify, demonstrate=demonstrate, draw=draw)
+
+
+@pytest.fixture(scope="module")
+def model(letters):
+    return recurrent(len(letters.tokenizer))
+
+
+@pytest.fixture(scope="module")
+def build(recipe, model, task):
     def build(**changed):
         options = {
-            "policy": policy,
-            "task": letters,
-            "critic": critic(tiny),
-            "optimizer": adamw(1e-2, max_norm=1e6),
+            "policy": language_model(model),
+            "task": task,
+            "critic": critic(model),
+            "optimizer": adamw(3e-2, max_norm=1e6),
             "critic_optimizer": adamw(1e-2),
             "prompts_per_step": 8,
         }
@@ -70,10 +95,10 @@ def parts(build, traces, forget_programs):
 
 
 @pytest.fixture(scope="module")
-def first_run(parts, traces):
+def first_run(parts, traces, task):
     """Final state, metrics, and how often the step was traced for them."""
     before = len(traces)
-    return *run(parts, SEED, STEPS), len(traces) - before
+    return *run(parts, SEED, STEPS, prompts=drawn(task)), len(traces) - before
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +113,18 @@ def assert_same(a, b, **tolerance):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+def drawn(task):
+    """Prompts of every step, the same for all runs: handed in, so that a test may change them without a new program."""
+    return (task.draw(jax.random.fold_in(SEED, i), 8) for i in itertools.count())
+
+
+def fresh(x):
+    """As `init` makes it: on no device in particular, which is the same program."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(fresh(jax.random.key_data(x)))
+    return jnp.asarray(np.asarray(x))
 
 
 def kind(x):
@@ -112,10 +149,10 @@ def test_its_state_has_shapes_before_it_has_numbers(parts, history):
     assert jax.tree.structure(abstract) == jax.tree.structure(history[0])
 
 
-def test_traces_once_and_keeps_structure_and_dtypes(parts, first_run, traces):
+def test_traces_once_and_keeps_structure_and_dtypes(parts, first_run, traces, task):
     state, _, traced = first_run
     before = len(traces)
-    run(parts, jax.random.key(5), STEPS)
+    run(parts, jax.random.key(5), STEPS, prompts=drawn(task))
     assert traced == 1 and len(traces) == before
     assert jax.tree.map(kind, parts.init(SEED)) == jax.tree.map(kind, state)
 
@@ -129,61 +166,43 @@ def test_metrics_are_finite_scalars_and_the_policy_moves(parts, history):
     )
 
 
-def test_finite_on_extreme_rewards(build, letters):
-    """Rewards of a million either way, or all equal, or not to be scored (NaN): nothing becomes NaN."""
-
-    def verify(prompts, tokens, mask):
-        score = prompts.target[:, None] * letters.verify(prompts, tokens, mask)
-        return jnp.where(jnp.arange(tokens.shape[0])[:, None] == 0, jnp.nan, score)
-
-    def demonstrate(key, prompts):
-        logged = letters.demonstrate(key, prompts)
-        return dataclasses.replace(logged, reward=prompts.target[:, None] * logged.reward)
-
-    def draw(key, n):
-        return dataclasses.replace(letters.draw(key, n), target=jnp.zeros(n))
-
-    extreme = build(task=dataclasses.replace(letters, verify=verify, demonstrate=demonstrate, draw=draw))
-    step, state = jax.jit(extreme.step), extreme.init(SEED)
+def test_finite_on_extreme_rewards(parts, task):
+    """Rewards of a million either way, or all equal, and a group that cannot be scored: nothing becomes NaN."""
+    state = parts.init(SEED)
     for scale in (1e6, -1e6, 0.0):
-        prompts = draw(SEED, 8)
-        state, metrics = step(state, dataclasses.replace(prompts, target=jnp.full(8, scale)))
+        prompts = dataclasses.replace(task.draw(SEED, 8), target=jnp.full(8, scale, jnp.float32).at[0].set(jnp.nan))
+        state, metrics = run(parts, None, 1, state=state, prompts=iter([prompts]))
         for path, x in jax.tree.leaves_with_path((state.params, state.memory, metrics)):
             assert np.isfinite(x).all(), (scale, jax.tree_util.keystr(path))
 
 
-def test_two_seeds_at_once_are_two_runs(parts, history):
-    keys = jnp.stack([jax.random.key(1), SEED])
-    _, metrics = jax.vmap(lambda key: run(parts, key, STEPS, scan=STEPS))(keys)
-    assert_same(jax.tree.map(lambda x: x[1], metrics), history[1], rtol=1e-3, atol=1e-5)
-
-
-def test_resumes_to_the_last_bit(parts, history, tmp_path):
-    state, _ = run(parts, SEED, 1)
+def test_resumes_to_the_last_bit(parts, history, task, tmp_path):
+    state, _ = run(parts, SEED, 1, prompts=drawn(task))
     checkpoint.save(tmp_path / "state", state)
     state = checkpoint.load(tmp_path / "state", jax.eval_shape(parts.init, SEED))
-    state, metrics = run(parts, None, STEPS - 1, state=state)
+    rest = itertools.islice(drawn(task), 1, None)
+    state, metrics = run(parts, None, STEPS - 1, state=jax.tree.map(fresh, state), prompts=rest)
     assert_same((state, metrics), (history[0], jax.tree.map(lambda x: x[1:], history[1])), rtol=0, atol=0)
 
 
-def test_on_eight_devices_it_is_the_same(build, history):
+def test_two_seeds_at_once_on_eight_devices_are_two_runs(build, history, task):
     mesh = data_mesh(8)
     parts = build(constrain=over_data(mesh))
-    state = replicate(mesh, parts.init(SEED))
+    state = replicate(mesh, jax.vmap(parts.init)(jnp.stack([jax.random.key(1), SEED])))
     where = jax.tree.map(lambda x: x.sharding.is_fully_replicated, state)
-    step = jax.jit(parts.step)
+    step = jax.jit(jax.vmap(parts.step, in_axes=(0, None)))
     seen = []
-    for _ in range(STEPS):
-        state, metrics = step(state)
-        seen.append(metrics)
+    for prompts in itertools.islice(drawn(task), STEPS):
+        state, metrics = step(state, prompts)
+        seen.append(jax.tree.map(lambda x: x[1], metrics))
     assert_same(jax.tree.map(lambda *xs: jnp.stack(xs), *seen), history[1], rtol=1e-3, atol=1e-5)
     assert jax.tree.map(lambda x: x.sharding.is_fully_replicated, state) == where
 
 
-def test_learns_its_toy_task(name, parts, policy, letters):
-    evaluate = evaluator(policy, letters, problems=128)
+def test_learns_its_toy_task(name, parts, model, letters, task):
+    evaluate = evaluator(language_model(model), letters, problems=128)
     start = evaluate(parts.init(SEED).params["policy"]).reward
-    state, metrics = run(parts, SEED, 60)
+    state, metrics = run(parts, SEED, 60, prompts=drawn(task))
     if name in INSTEAD:
         metric, bound = INSTEAD[name]
         assert metrics[metric][-1] < bound < metrics[metric][0], (metric, metrics[metric])
