@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxrl_llm import accumulate as micro
 from jaxrl_llm import metrics as measure
@@ -19,6 +20,7 @@ from jaxrl_llm.algorithm import Algorithm, numbers, with_numbers
 from jaxrl_llm.models.heads import Critic
 from jaxrl_llm.needs import BATCH_SLOTS, Loss, Needs, keys_of, needs_of, of_recipe, stages_of
 from jaxrl_llm.policy import Policy
+from jaxrl_llm.sharding import on_all, over_data
 from jaxrl_llm.stages import write
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import (
@@ -56,7 +58,7 @@ def learner(
     sampling: Sampling | None = None,
     accumulate: int = 1,
     verify: str = "inside",
-    constrain: Callable[[Prompts], Prompts] = lambda prompts: prompts,
+    mesh: Mesh | None = None,
 ) -> Learner:
     """The two functions of a run.
 
@@ -75,7 +77,7 @@ def learner(
       accumulate: micro-batches per optimiser step; changes memory, not the result.
       verify: where a verifier that runs on the host is asked. "inside": by a callback, the step being one program.
         "between": the step is two programs (collect, learn) with the verifier between them.
-      constrain: applied to the prompts of each step, to shard them (see `sharding.over_data`).
+      mesh: splits the prompts of each step over its axis `data` (see `sharding.data_mesh`); the state stays whole.
 
     Returns:
       `Learner(init, step)`. `step(state, prompts=None)` draws prompts from the task if given none.
@@ -116,7 +118,7 @@ def learner(
             key=keys["run"],
             params=models,
             opt_state=jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), trained),
-            memory={slot: stage.init(problem) for slot, stage in stages_of(algorithm).items()},
+            memory={slot: _copy(stage.init(problem)) for slot, stage in stages_of(algorithm).items()},
             # Copies: a state is donated to its first step.
             numbers=_copy(numbers(algorithm)),
             sampling=_copy(behaviour),
@@ -131,7 +133,7 @@ def learner(
         prompts = outside.draw(task, keys["draw"], prompts_per_step) if prompts is None else prompts
         if prompts.logged is None and task.demonstrate is not None:
             prompts = dataclasses.replace(prompts, logged=task.demonstrate(keys["logged"], prompts))
-        prompts, memory["prompt"] = stages["prompt"].apply(memory["prompt"], keys["prompt"], constrain(prompts))
+        prompts, memory["prompt"] = stages["prompt"].apply(memory["prompt"], keys["prompt"], over_data(mesh, prompts))
         rollouts, memory["rollout"] = stages["rollout"].apply(
             memory["rollout"], keys["rollout"], world_of(state), prompts
         )
@@ -167,7 +169,7 @@ def learner(
             batch,
             trainer(state, recipe, loss, needs),
         )
-        memory = {slot: stage.observe(memory[slot], batch) for slot, stage in stages.items()}
+        memory = on_all(mesh, {slot: stage.observe(memory[slot], batch) for slot, stage in stages.items()})
         new = dataclasses.replace(state, step=state.step + 1, params=models[0], opt_state=models[1], memory=memory)
         return new, {**measure.of_batch(batch, scored), **measured}
 
@@ -306,4 +308,10 @@ def _strong(x: Any) -> Array:
 
 
 def _copy(tree: PyTree) -> PyTree:
-    return jax.tree.map(jnp.array, tree)
+    """Buffers of its own, to be donated, and no weak types."""
+
+    def own(x: Any) -> Array:
+        x = jnp.array(x)
+        return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jax.lax.convert_element_type(x, x.dtype)
+
+    return jax.tree.map(own, tree)

@@ -5,7 +5,6 @@ A step's prompts are split over the mesh axis `data`; parameters, optimiser and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,18 +26,19 @@ def data_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((n,), ("data",), devices=found[:n], axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def over_data(mesh: Mesh) -> Callable[[PyTree], PyTree]:
-    """Inside a program: constrains every array's leading axis to be split over `data`."""
+def over_data(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside a program: every array's leading axis is split over `data`. Without a mesh, nothing is said."""
+    return _constrained(mesh, tree, PartitionSpec("data"))
 
-    def constrain(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _leading(mesh)), tree)
 
-    return constrain
+def on_all(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside a program: every array is whole on every device. Without a mesh, nothing is said."""
+    return _constrained(mesh, tree, PartitionSpec())
 
 
 def place(mesh: Mesh, tree: PyTree) -> PyTree:
     """Outside a program: the leading axis of every array split over `data`."""
-    return jax.device_put(tree, _leading(mesh))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -46,5 +46,5 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _leading(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+def _constrained(mesh: Mesh | None, tree: Any, spec: PartitionSpec) -> Any:
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))

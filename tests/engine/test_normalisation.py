@@ -18,7 +18,7 @@ from jaxrl_llm.engine import learner
 from jaxrl_llm.losses import aggregate
 from jaxrl_llm.losses.kl import kl_to_reference
 from jaxrl_llm.losses.surrogates import clip_min
-from jaxrl_llm.sharding import data_mesh, over_data, place, replicate
+from jaxrl_llm.sharding import data_mesh, place, replicate
 from jaxrl_llm.types import PADDING, POLICY, Rollouts, Sampling, Scores
 from jaxrl_llm.world import batch_of
 
@@ -62,7 +62,7 @@ def step_gradient(policy, letters):
             optimizer=optax.sgd(1.0),
             prompts_per_step=8,
             accumulate=accumulate,
-            constrain=over_data(mesh),
+            mesh=mesh,
             reference=policy.init(jax.random.key(9)),
         )
         state = replicate(mesh, parts.init(jax.random.key(0)))

@@ -20,7 +20,7 @@ from jaxrl_llm.evaluate import evaluator
 from jaxrl_llm.models.heads import critic
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.run import run
-from jaxrl_llm.sharding import data_mesh, over_data, replicate
+from jaxrl_llm.sharding import data_mesh, replicate
 from jaxrl_llm.types import Learner
 from jaxrl_llm.updates.optimizer import adamw
 
@@ -187,7 +187,7 @@ def test_resumes_to_the_last_bit(parts, history, task, tmp_path):
 
 def test_two_seeds_at_once_on_eight_devices_are_two_runs(build, history, task):
     mesh = data_mesh(8)
-    parts = build(constrain=over_data(mesh))
+    parts = build(mesh=mesh)
     state = replicate(mesh, jax.vmap(parts.init)(jnp.stack([jax.random.key(1), SEED])))
     where = jax.tree.map(lambda x: x.sharding.is_fully_replicated, state)
     step = jax.jit(jax.vmap(parts.step, in_axes=(0, None)))
