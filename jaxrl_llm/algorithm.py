@@ -34,7 +34,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 
 # Whose logits a measure may ask for.
-ROLES = ("old", "reference", "teacher", "elsewhere")
+ROLES = ("old", "reference", "teacher", "elsewhere", "lagged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Algorithm:
         in those of `batch.old` and `batch.reference`), and computed only if read there. A function of
         `(logits [... V], tokens [...], hidden [... D])` gives `[...]` or `[... n]`. Keyword-only arguments without
         default ask for the logits of a role at the same places: "old" (the policy before the update), "reference" and
-        "teacher" (the reference after `rollouts.teacher`) without gradient, "elsewhere" (the current policy after
-        `rollouts.teacher`) with.
+        "teacher" (the reference after `rollouts.teacher`) and "lagged" (a copy of the policy that the `update` renews,
+        see `updates.lagged`) without gradient, "elsewhere" (the current policy after `rollouts.teacher`) with.
 
     Each slot takes a plain function, a `Stage` (a function with memory) or a `chain` of them.
 

@@ -100,6 +100,8 @@ def learner(
         models = {"policy": policy.init(keys["policy"]) if params is None else _copy(params)}
         if needs.keeps_reference:
             models["reference"] = _copy(models["policy"] if reference is None else reference)
+        if needs.keeps_lagged:
+            models["lagged"] = _copy(models["policy"])
         if needs.critic and critic is not None:
             models["critic"] = critic.init(keys["critic"])
         problem = Problem(
@@ -112,7 +114,7 @@ def learner(
             sampling=behaviour,
             width=policy.width,
         )
-        trained = {role: optimizers[role].init(models[role]) for role in models if role != "reference"}
+        trained = {role: optimizers[role].init(models[role]) for role in models if role not in ("reference", "lagged")}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             key=keys["run"],
@@ -255,7 +257,7 @@ def learner(
 
     def others(state: TrainState, now: dict[str, PyTree], part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
         """Parameters and hidden states of the roles whose logits the recipe's measures ask for."""
-        models = {"old": state.params["policy"], "elsewhere": now["policy"]}
+        models = {"old": state.params["policy"], "elsewhere": now["policy"], "lagged": state.params.get("lagged")}
         found = {}
         for role in sorted(needs.others):
             rollouts, params = part.rollouts, models.get(role, state.params.get("reference"))

@@ -41,6 +41,10 @@ class Needs:
     def keeps_reference(self) -> bool:
         return bool(self.reference) or bool(self.others & {"reference", "teacher"})
 
+    @property
+    def keeps_lagged(self) -> bool:
+        return "lagged" in self.others
+
 
 class Loss(NamedTuple):
     """A loss with its memory and key bound."""

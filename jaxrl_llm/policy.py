@@ -27,8 +27,8 @@ class Policy:
     """Everything the engine knows of a policy.
 
     init: `(key) -> params`.
-    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until, own) ->
-        Samples [B G T]`.
+    sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until, own,
+        within) -> Samples [B G T]`.
     score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
         responses under `rollouts.context` and `rollouts.sampling`; see `score`.
     hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithm import Algorithm
+from jaxrl_llm.algorithm import ROLES, Algorithm, roles_of
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.policy import Policy
 from jaxrl_llm.rewards.basic import at_last_token
@@ -137,7 +137,13 @@ def toy_rows(*, fill: float = 0.0, **fields: Any) -> tuple[Scores, Batch]:
 
 
 def random_batch(
-    key: Array, *, prompts: int = 3, size: int = 4, length: int = 5, fill: float = 0.0
+    key: Array,
+    *,
+    prompts: int = 3,
+    size: int = 4,
+    length: int = 5,
+    fill: float = 0.0,
+    measures: Mapping[str, Callable[..., Array]] | None = None,
 ) -> tuple[Scores, Batch]:
     """A batch of ragged rows, one of them empty and one not kept, with every field there and groups that are mixed.
 
@@ -147,6 +153,7 @@ def random_batch(
       size: G, at least 3.
       length: T.
       fill: what stands in masked slots of per-token arrays and in the outcome of rows that do not count.
+      measures: of a recipe: in the extras of the current, old and reference policy, found from random logits.
     """
     shape = (prompts, size, length)
     keys = jax.random.split(key, 9)
@@ -167,14 +174,40 @@ def random_batch(
         reference=behaviour + 0.3 * reference,
         value=value,
     )
-    return Scores(logp=behaviour + 0.3 * near, entropy=entropy, value=new_value), batch
+    scores = Scores(logp=behaviour + 0.3 * near, entropy=entropy, value=new_value)
+    return (scores, batch) if not measures else _measured(jax.random.fold_in(key, 9), scores, batch, measures, fill)
+
+
+def _measured(
+    key: Array, scores: Scores, batch: Batch, measures: Mapping[str, Callable[..., Array]], fill: float
+) -> tuple[Scores, Batch]:
+    """With the measures of all policies, except those the old and the reference have not: of several roles' logits."""
+    tokens, counts = batch.rollouts.tokens, batch.mask
+    keys = jax.random.split(key, 1 + len(ROLES))
+    logits = [jax.random.normal(k, (*tokens.shape, tokens.size)) for k in keys]
+    roles = dict(zip(ROLES, logits[1:], strict=True))
+
+    def of(own: Array, name: str) -> Array:
+        x = measures[name](own, tokens, own[..., :8], **{role: roles[role] for role in roles_of(measures[name])})
+        blank = jnp.asarray(fill if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype)
+        return jnp.where(counts.reshape(*counts.shape, *[1] * (x.ndim - 3)), x, blank)
+
+    assert batch.old is not None and batch.reference is not None
+    alone = [name for name in measures if not roles_of(measures[name])]
+    old, reference = ({name: of(roles[role], name) for name in alone} for role in ("old", "reference"))
+    batch = dataclasses.replace(
+        batch,
+        old=dataclasses.replace(batch.old, extras=old),
+        reference=dataclasses.replace(batch.reference, extras=reference),
+    )
+    return dataclasses.replace(scores, extras={name: of(logits[0], name) for name in measures}), batch
 
 
 def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
     """Runs the reward, filter, advantage and weight slots, as the engine does; stages start with fresh memory."""
     tokens = batch.rollouts.tokens.shape
     problem = Problem(
-        rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=int(batch.rollouts.tokens.size), params={}
+        rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=int(batch.rollouts.tokens.size), params={}, width=8
     )
     keep = batch.rollouts.mask.any(-1) if batch.keep is None else batch.keep
     batch = dataclasses.replace(batch, reward=None, token_reward=None, advantage=None, keep=keep)

@@ -220,11 +220,13 @@ class Problem:
 class World:
     """What a `rollout` may do, besides what it is given.
 
-    sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None, own=None) ->
-        Rollouts` draws `size` responses a prompt from the current policy. `context` (`[B C S]`) replaces the prompts'
-        own tokens, `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most tokens of each
-        row, 0 for none; `until(ended [B G] bool) -> bool` stops all rows where they are (such rows are `truncated`);
-        `own` (`[B C]`) is how many of a context's last tokens are the beginning of its responses.
+    sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None, own=None,
+        within=None) -> Rollouts` draws `size` responses a prompt from the current policy. `context` (`[B C S]`)
+        replaces the prompts' own tokens, `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most
+        tokens of each row, 0 for none; `until(ended [B G] bool) -> bool` stops all rows where they are (such
+        rows are `truncated`); `own` (`[B C]`) is how many of a context's last tokens are the beginning of its
+        responses; `within` other parameters of the policy and `(their logits [... V]) -> bool [... V]`, the tokens to
+        draw from.
     score: `(role, Rollouts) -> Scores` of a role in `models`, under `rollouts.context`.
     reward: `(Rollouts) -> [B G]` asks the verifier; NaN where it cannot score.
     models: parameters by role.

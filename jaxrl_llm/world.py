@@ -51,6 +51,7 @@ def sample(
     limit: Array | None = None,
     until: Callable[[Array], Array] | None = None,
     own: Array | None = None,
+    within: tuple[PyTree, Callable[[Array], Array]] | None = None,
 ) -> Rollouts:
     """`World.sample`: groups of `size` responses. Row `(b, g)` has a key of its own, whatever `B` and `size`."""
     b = prompts.index.shape[0]
@@ -70,6 +71,7 @@ def sample(
         limit=limit,
         until=until,
         own=own,
+        **({} if within is None else {"within": within}),
     )
     return Rollouts(
         prompts=prompts,

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxrl_llm.models.attention import write
 from jaxrl_llm.models.model import Cache, Model, prefix_of
+from jaxrl_llm.models.restricted import restricted
 from jaxrl_llm.rollouts.distribution import draw, uniform
 from jaxrl_llm.rollouts.ending import Ending, anywhere
 from jaxrl_llm.rollouts.refill import Pending, refilled
@@ -35,6 +36,7 @@ def sample(
     limit: Array | None = None,
     until: Callable[[Array], Array] | None = None,
     own: Array | None = None,
+    within: tuple[PyTree, Callable[[Array], Array]] | None = None,
 ) -> Samples:
     """Draws one response a key.
 
@@ -57,6 +59,8 @@ def sample(
         or their limit. With it all rows are decoded at once.
       own: `[B C]` int32, how many of a context's last tokens are the beginning of its responses: a stop sequence may
         start among them. None if the responses start after the context.
+      within: other parameters of the model, and `(their logits [... V]) -> [... V]` bool: the tokens to draw from,
+        before `sampling` filters them. Decodes both, at twice the price.
 
     Returns:
       `[B G T]` samples; `truncated` rows ended neither at EOS nor with a stop sequence.
@@ -72,6 +76,8 @@ def sample(
         raise ValueError(f"length and slots must be at least 1, got length={length}, slots={slots}")
     if b * g == 0:
         return _nothing((b, g), length)
+    if within is not None:
+        model, params = restricted(model, within[1]), (params, within[0])
     m, r = b * c, g // c
     ending = Ending(eos=tuple(eos), stop=tuple(map(tuple, stop)))
     context = jax.tree.map(lambda x: x.reshape(m, s), context)

@@ -173,7 +173,9 @@ def test_finite_on_extreme_rewards(parts, task):
         prompts = dataclasses.replace(task.draw(SEED, 8), target=jnp.full(8, scale, jnp.float32).at[0].set(jnp.nan))
         state, metrics = run(parts, None, 1, state=state, prompts=iter([prompts]))
         for path, x in jax.tree.leaves_with_path((state.params, state.memory, metrics)):
-            assert np.isfinite(x).all(), (scale, jax.tree_util.keystr(path))
+            where = jax.tree_util.keystr(path)
+            # A response that goes on keeps its prompt, with the target this test made NaN.
+            assert np.isfinite(x).all() or where.endswith(".target"), (scale, where)
 
 
 def test_resumes_to_the_last_bit(parts, history, task, tmp_path):
