@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxrl_llm import world as outside
 from jaxrl_llm.algorithm import ROLES, Algorithm, roles_of
 from jaxrl_llm.losses.aggregate import token_mean
+from jaxrl_llm.needs import of_recipe
 from jaxrl_llm.policy import Policy
 from jaxrl_llm.rewards.basic import at_last_token
 from jaxrl_llm.stages import lift, write
@@ -31,6 +32,7 @@ from jaxrl_llm.types import (
     Rollouts,
     Sampling,
     Scores,
+    Stage,
     TrainState,
     World,
 )
@@ -203,12 +205,24 @@ def _measured(
     return dataclasses.replace(scores, extras={name: of(logits[0], name) for name in measures}), batch
 
 
+def problem_of(batch: Batch) -> Problem:
+    """What stages may know of a run with such batches."""
+    tokens = batch.rollouts.tokens.shape
+    vocab = int(batch.rollouts.tokens.size)
+    return Problem(rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=vocab, params={}, width=8)
+
+
+def with_fresh_loss(algorithm: Algorithm, batch: Batch) -> Algorithm:
+    """The recipe with a loss that can be called: one that remembers gets its first memory."""
+    if not isinstance(algorithm.loss, Stage):
+        return algorithm
+    loss: Any = of_recipe(algorithm, algorithm.loss.init(problem_of(batch)), jax.random.key(0))
+    return dataclasses.replace(algorithm, loss=loss)
+
+
 def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
     """Runs the reward, filter, advantage and weight slots, as the engine does; stages start with fresh memory."""
-    tokens = batch.rollouts.tokens.shape
-    problem = Problem(
-        rows=tokens[0], prompts=tokens[0], length=tokens[-1], vocab=int(batch.rollouts.tokens.size), params={}, width=8
-    )
+    problem = problem_of(batch)
     keep = batch.rollouts.mask.any(-1) if batch.keep is None else batch.keep
     batch = dataclasses.replace(batch, reward=None, token_reward=None, advantage=None, keep=keep)
     batch = dataclasses.replace(batch, weight=None, select=None)

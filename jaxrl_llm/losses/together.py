@@ -29,6 +29,11 @@ def valued(batch: Batch) -> Array:
     return batch.rollouts.valued if batch.keep is None else batch.rollouts.valued & batch.keep[..., None]
 
 
+def unselected(batch: Batch) -> Array:
+    """`[B G T]` bool: the tokens of rows that are kept, whichever of them the weight slot selected."""
+    return dataclasses.replace(batch, select=None).mask
+
+
 def correct_tokens(batch: Batch, *, threshold: float = 0.5) -> Array:
     """`[B G T]` bool: the tokens the loss counts in rows whose outcome is above the threshold."""
     return batch.mask & (batch.outcome > threshold)[..., None]

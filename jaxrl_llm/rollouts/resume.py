@@ -43,6 +43,17 @@ def unfinished(rollouts: Rollouts) -> Array:
     return rollouts.truncated & (rollouts.attended.sum(-1) < rollouts.tokens.shape[-1])
 
 
+def beginnings(rollouts: Rollouts, length: Array, *, going: Array | bool = True) -> Rollouts:
+    """The first `length` (`[B G]`) tokens of each row, to be continued where `going` (`[B G]` bool)."""
+    exists = rollouts.attended & (jnp.arange(rollouts.tokens.shape[-1]) < length[..., None])
+    names = ("tokens", "mask", "logp", "entropy", "version")
+    fields: dict[str, Any] = {
+        name: jnp.where(exists, x := getattr(rollouts, name), jnp.zeros_like(x)) for name in names
+    }
+    role = jnp.where(exists, rollouts.role, PADDING).astype(jnp.int8)
+    return dataclasses.replace(rollouts, **fields, role=role, truncated=jnp.broadcast_to(going, length.shape))
+
+
 def resume(
     world: World,
     key: Array,

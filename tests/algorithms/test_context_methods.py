@@ -10,22 +10,33 @@ import pytest
 
 from jaxrl_llm.adjust import adjust
 from jaxrl_llm.advantages.group import center_scale
-from jaxrl_llm.algorithms import load
+from jaxrl_llm.algorithm import changes
+from jaxrl_llm.algorithms import load, xrpo
+from jaxrl_llm.algorithms.clpo import informative_or_all
 from jaxrl_llm.algorithms.critique_grpo import right_answer, sample_and_refine, verdict
 from jaxrl_llm.algorithms.opsd import with_solution_for_teacher
 from jaxrl_llm.algorithms.papo import double_entropy, with_blanks
+from jaxrl_llm.algorithms.xrpo import sharpened
 from jaxrl_llm.engine import learner
+from jaxrl_llm.filters.basic import informative
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.losses.divergence import at_top, forward_kl, from_teacher, jensen_shannon, reverse_kl
+from jaxrl_llm.losses.kl import kl_to_reference
 from jaxrl_llm.losses.shaped import shaped, shaped_ratio
 from jaxrl_llm.losses.surrogates import clip_min, unclipped
 from jaxrl_llm.prompts.blank import blanked
+from jaxrl_llm.prompts.corpus import empty_corpus, token_counts, with_examples, with_solved
+from jaxrl_llm.prompts.judging import Words, after, says, tasks_of
 from jaxrl_llm.prompts.solution import solution
 from jaxrl_llm.rollouts.group import sample_group
 from jaxrl_llm.rollouts.inject import best_row, injected, with_row
+from jaxrl_llm.rollouts.rewrite import EASY, HARD, MEDIUM, difficulty
+from jaxrl_llm.rollouts.rounds import gains, greedy, sample_in_rounds, two_sided
 from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_prompts, toy_rows
-from jaxrl_llm.types import INJECTED, PADDING, POLICY, Context, Logged, Scores, World
+from jaxrl_llm.types import INJECTED, PADDING, POLICY, Context, Logged, Problem, Sampling, Scores, World
+from jaxrl_llm.updates.queue import empty, pop, push
 from jaxrl_llm.updates.reference import averaged_reference
+from jaxrl_llm.world import batch_of
 
 T = 3
 
@@ -54,10 +65,11 @@ class Fake:
             sample=self.sample, score=None, reward=self.reward, models={}, step=jnp.asarray(3), length=self.length
         )
 
-    def sample(self, key, prompts, size, context=None, **_):
+    def sample(self, key, prompts, size, context=None, limit=None, **_):
         self.contexts.append(context)
         b = prompts.index.shape[0]
         mask = jnp.broadcast_to(jnp.array([True, True, False]), (b, size, T))
+        mask = mask if limit is None else mask & (jnp.broadcast_to(limit, (b, size)) > 0)[..., None]
         rollouts = toy_batch(logp=jnp.full((b, size, T), -float(len(self.contexts))), mask=mask).rollouts
         tokens = 10 * len(self.contexts) + jnp.broadcast_to(jnp.arange(size)[:, None], (b, size, T))
         plain = jax.tree.map(lambda x: x[:, None], prompts.context)
@@ -395,6 +407,386 @@ def test_papo_without_its_terms_is_grpo_over_tokens():
     assert_equal_losses(child, dataclasses.replace(parent, loss=wider), scores, batch)
     same = dataclasses.replace(scores, extras={"blind_logp": scores.logp})
     assert_equal_losses(load("papo", entropy=None), dataclasses.replace(parent, loss=wider), same, batch)
+
+
+# --- spark ------------------------------------------------------------------------------------------------------------
+
+WORDS = Words(
+    right=(1,),
+    wrong=(2, 3),
+    first=(4,),
+    second=(5,),
+    judge=((50,), (51,)),
+    compare=((60,), (61,), (62,)),
+    reflect=((70,), (71,)),
+)
+
+
+def verified(outcome, keep=None):
+    """Rows of `[row, 9, 10 + row]`, whose final answer is what follows the 9."""
+    outcome = jnp.asarray(outcome)
+    b, g = outcome.shape
+    row = jnp.broadcast_to(jnp.arange(g, dtype=jnp.int32), (b, g))
+    tokens = jnp.stack([20 + row, jnp.full((b, g), 9), 30 + row], axis=-1)
+    return toy_batch(logp=jnp.zeros((b, g, 3)), outcome=outcome, tokens=tokens, keep=keep)
+
+
+def made(outcome, *, key=0, pointwise=0.0, most=8, batch=None):
+    make = partial(tasks_of, words=WORDS, answer=partial(after, marker=(9,)), pointwise=pointwise, most=most)
+    got = make(verified(outcome) if batch is None else batch, jax.random.key(key))
+    rows = np.flatnonzero(got.there)
+    return [(text(got.context, i), got.label[i, : int(got.size[i])].tolist(), int(got.index[i])) for i in rows]
+
+
+def test_two_answers_are_compared_in_either_order_and_the_label_says_which_is_right():
+    seen = set()
+    for key in range(8):
+        (context, label, index), (again, none, _) = made([[0.0, 1.0, 0.0]], key=key)
+        first, second = context[3] - 30, context[5] - 30
+        assert context[:3] == [0, 1, 60] and context[4] == 61 and context[6:] == [62] and index == 0
+        assert {first, second} in ({0, 1}, {1, 2}) and label == ([4] if first == 1 else [5])
+        seen.add((first == 1, again[3]))
+        # A wrong response in full, for the verifier to judge what follows it.
+        assert again[:3] == [0, 1, 70] and again[3] in (20, 22) and again[4:] == [9, again[3] + 10, 71] and none == []
+    assert {order for order, _ in seen} == {True, False} and {row for _, row in seen} == {20, 22}
+
+
+def test_one_answer_is_judged_and_uniform_groups_are_never_compared():
+    seen = set()
+    for key in range(8):
+        (context, label, _), _ = made([[0.0, 1.0, 0.0]], key=key, pointwise=1.0)
+        assert context[:3] == [0, 1, 50] and context[4:] == [51] and label == ([1] if context[3] == 31 else [2, 3])
+        seen.add(label == [1])
+    assert seen == {True, False}
+    assert made([[1.0, 1.0, 1.0]]) == [([0, 1, 50, 30, 51], [1], 0)]
+    (context, label, _), (again, *_) = made([[0.0, 0.0, 0.0]])
+    assert context[:3] == [0, 1, 50] and context[4:] == [51] and label == [2, 3] and again[2] == 70
+
+
+def test_a_group_without_a_final_answer_is_not_judged_and_later_reflections_see_the_answer_alone():
+    silent = verified([[0.0, 0.0], [0.0, 0.0]])
+    tokens = silent.rollouts.tokens.at[0, :, 1].set(0)
+    silent = dataclasses.replace(silent, rollouts=dataclasses.replace(silent.rollouts, tokens=tokens))
+    judged, full, short = made(None, batch=silent)
+    assert judged[0][:3] == [2, 3, 50] and judged[2] == 1 and full[2] == 0 and short[2] == 1
+    assert len(full[0]) == 7 and short[0][:3] == [2, 3, 70] and short[0][3] in (30, 31) and short[0][4:] == [71]
+
+
+def test_rows_that_do_not_count_make_no_task_and_there_are_at_most_so_many():
+    assert made(None, batch=verified([[1.0, 0.0]], keep=[[False, False]])) == []
+    ((context, label, _),) = made(None, batch=verified([[0.0, 1.0]], keep=[[False, True]]))
+    assert context == [0, 1, 50, 31, 51] and label == [1]
+    found = made([[0.0, 1.0]] * 5, most=2)
+    assert len(found) == 4 and [x[1] == [] for x in found] == [False, False, True, True]
+    assert {x[2] for x in made([[0.0, 1.0]] * 5, most=2, key=1)} != {x[2] for x in found}
+
+
+def test_the_final_answer_follows_the_last_marker():
+    tokens = jnp.array([[7, 8, 1, 7, 8, 2], [7, 8, 1, 2, 7, 8], [8, 7, 7, 8, 5, 0], [1, 2, 3, 4, 5, 6]])
+    mask = jnp.ones((4, 6), bool).at[2, 5].set(False)
+    want = [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(after(tokens, mask, marker=(7, 8)), want)
+    np.testing.assert_array_equal(after(tokens, mask), mask)
+    # A marker that is half padding is none.
+    np.testing.assert_array_equal(after(tokens, mask.at[1, 5].set(False), marker=(7, 8))[1], [0, 0, 1, 1, 1, 0])
+
+
+def test_a_judge_says_the_label_and_at_most_the_end_after_it():
+    tokens = jnp.array([[4, 2, 3, 0], [4, 2, 3, 9], [4, 2, 9, 9], [2, 3, 9, 9], [4, 4, 4, 2]])
+    mask = jnp.array([[0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], bool)
+    got = says(tokens, mask, jnp.array([2, 3]), jnp.array(2))
+    np.testing.assert_array_equal(got, [True, True, False, False, False])
+
+
+def test_a_queue_gives_the_oldest_and_keeps_the_rest():
+    queue = empty({"x": jnp.zeros((3, 2), jnp.int32)}, 4)
+    items = {"x": jnp.array([[1, 1], [2, 2], [3, 3]], jnp.int32)}
+    queue = push(queue, items, jnp.array([True, False, True]))
+    queue = push(queue, jax.tree.map(lambda x: 10 * x, items), jnp.array([True, True, True]))
+    oldest, left = pop(queue, 2, where=jnp.array(True))
+    assert oldest["x"][:, 0].tolist() == [1, 3]
+    assert left[0]["x"][: int(left[1]), 0].tolist() == [10, 20]  # there was no place for the last
+    _, same = pop(queue, 2, where=jnp.array(False))
+    assert same[0]["x"][: int(same[1]), 0].tolist() == [1, 3, 10, 20]
+
+
+class FakeLearn:
+    """Counts optimiser steps, and notes the batches it was given."""
+
+    def __init__(self, fake):
+        self.fake, self.batches = fake, []
+
+    def __call__(self, models, batch):
+        self.batches.append(batch)
+        return models + 1, {"loss": jnp.float32(batch.outcome.sum())}
+
+    def world(self, models):
+        return self.fake.world()
+
+    def batch(self, models, rollouts):
+        return batch_of(rollouts, rollouts.outcome, jnp.zeros((), jnp.int32))[0]
+
+
+def test_the_second_update_waits_until_there_are_enough_tasks():
+    recipe = load("spark", group_size=2, size=4, words=WORDS._replace(right=(10,), wrong=(11,)), pointwise=1.0)
+    fake = Fake([jnp.full((4, 2), 0.0), jnp.array([[0.0, 0.0]] * 2 + [[1.0, 0.0]] * 2)])
+    learn = FakeLearn(fake)
+    start = verified([[1.0, 0.0]])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), start.prompts)
+    sampling = Sampling(temperature=jnp.ones(()))
+    problem = Problem(rows=1, prompts=1, length=3, vocab=99, params={}, example=shapes, sampling=sampling)
+    queue, steps = recipe.update.init(problem), []
+    with jax.disable_jit():
+        for _ in range(2):
+            (models, metrics), queue = recipe.update.apply(queue, jax.random.key(0), jnp.int32(0), start, learn)
+            steps.append((int(models), int(queue[1])))
+    # One judgement and one reflection a step: four after two.
+    assert steps == [(1, 2), (2, 0)]
+    auxiliary = learn.batches[-1]
+    assert auxiliary.outcome.shape == (4, 2) and auxiliary.advantage.shape == (4, 2, 3)
+    kinds = [context[2] for context in (text(auxiliary.rollouts.context, i, 0) for i in range(4))]
+    assert kinds == [50, 70, 50, 70]
+    # The first world's rows say 10 and 11: a judge's label, or the verifier's word where there is none.
+    np.testing.assert_array_equal(metrics["judging/outcome"], auxiliary.outcome.mean())
+
+
+def test_spark_without_tasks_is_grpo_and_its_labels_differ():
+    assert changes(load("spark", size=0), load("grpo", kl=0.001)) == {}
+    assert set(changes(load("spark"), load("grpo", kl=0.001))) == {"update"}
+    with pytest.raises(ValueError, match="size must be even"):
+        load("spark", size=3)
+    with pytest.raises(ValueError, match="differ by pairs"):
+        load("spark", words=WORDS._replace(first=(5,)))
+
+
+# --- xrpo -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_one_more_rollout_takes_off_the_interval():
+    np.testing.assert_allclose(two_sided(0.05, jnp.array([1.0, 3.0, 7.0])), [12.7062, 3.182446, 2.364624], rtol=1e-5)
+    gain = gains(0.05, largest=8)
+    np.testing.assert_allclose(0.5 * gain[jnp.array([4, 8])], [0.174780, 0.033676], atol=2e-6)
+    half = 0.5 * two_sided(0.05, jnp.array([3.0, 7.0])) / jnp.sqrt(jnp.array([4.0, 8.0]))
+    np.testing.assert_allclose(half, [0.795612, 0.418010], atol=2e-6)
+    assert gain.shape == (9,) and not gain[:2].any() and (jnp.diff(gain[2:]) < 0).all()
+
+
+def test_rollouts_go_where_the_mean_is_most_uncertain():
+    gain, asked = gains(0.05, largest=16), jnp.full(3, 4, jnp.int32)
+    give = partial(greedy, gain=gain, most=4)
+    # Gains of s = 0.5: 0.175, 0.102 (n = 5), 0.067, 0.046; of 0.2: 0.070, 0.041.
+    np.testing.assert_array_equal(give(jnp.array([0.5, 0.0, 0.2]), asked, budget=3, bonus=0.0), [2, 0, 1])
+    np.testing.assert_array_equal(give(jnp.array([0.5, 0.0, 0.2]), asked, budget=9, bonus=0.0), [4, 1, 4])
+    # Nothing but the bonus: to whoever was asked least.
+    np.testing.assert_array_equal(give(jnp.zeros(3), jnp.array([4, 2, 3]), budget=3, bonus=1.0), [0, 2, 1])
+    np.testing.assert_array_equal(give(jnp.array([0.5, 0.0, 0.2]), asked, budget=3, bonus=100.0), [1, 1, 1])
+
+
+def two_rounds():
+    """Prompt 0 is mixed, prompt 1 all wrong; with as many as possible for the mixed one."""
+    later = [jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[0.0, 1.0], [0.0, jnp.nan]])]
+    fake, contexts = Fake([jnp.array([[1.0, 0.0], [0.0, 0.0]]), *later]), []
+
+    def context(first):
+        contexts.append(first.outcome)
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 1)))[:, :, :3], first.context)
+
+    with jax.disable_jit():
+        got = sample_in_rounds(
+            fake.world(),
+            jax.random.key(0),
+            toy_prompts(2),
+            base=2,
+            rounds=2,
+            mean=1,
+            most=2,
+            alpha=0.05,
+            bonus=0.0,
+            context=context,
+        )
+    return got, fake, contexts
+
+
+def test_groups_grow_in_rounds_and_rows_not_asked_have_no_token():
+    got, fake, (seen,) = two_rounds()
+    np.testing.assert_array_equal(seen, [[1.0, 0.0], [0.0, 0.0]])
+    assert got.tokens.shape == (2, 6, T) and got.context.tokens.shape == (2, 3, 3)
+    # Round one: all to the mixed prompt. Round two: prompt 1, whose rows were not asked, has still no deviation.
+    np.testing.assert_array_equal(got.mask.any(-1), [[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(got.tokens[0, :, 0], [10, 11, 20, 21, 30, 31])
+    np.testing.assert_array_equal(got.outcome[0], [1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+    assert [None if c is None else c.tokens.shape for c in fake.contexts] == [None, (2, 1, 3), (2, 1, 3)]
+
+
+def test_a_corpus_takes_the_first_right_response_of_prompts_it_does_not_know():
+    prompts = dataclasses.replace(toy_prompts(4), index=jnp.array([5, 6, 5, 7]))
+    problem = Problem(rows=9, prompts=4, length=3, vocab=99, params={}, example=prompts)
+    embed = partial(token_counts, width=64)
+    corpus = empty_corpus(problem, places=4, embed=embed)
+    batch = verified([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]], keep=[[True, True]] * 3 + [[True, False]])
+    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, prompts=prompts))
+    corpus = with_solved(corpus, batch, embed=embed)
+    assert corpus["index"].tolist() == [5, 7, -1, -1] and int(corpus["next"]) == 2
+    assert corpus["tokens"][:2].tolist() == [[21, 9, 31], [20, 9, 30]]
+    assert corpus["context"].tokens[:2].tolist() == [[0, 1], [6, 7]]
+    again = with_solved(corpus, batch, embed=embed)
+    jax.tree.map(np.testing.assert_array_equal, again, corpus)
+    other = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, prompts=toy_prompts(4)))
+    full = with_solved(with_solved(corpus, other, embed=embed), batch, embed=embed)
+    # Prompts 0, 2 and 3 take two free places and that of the oldest, prompt 5; which then takes that of prompt 7.
+    assert full["index"].tolist() == [3, 5, 0, 2] and int(full["next"]) == 2
+    with pytest.raises(ValueError, match="a place for each of the 4 prompts"):
+        empty_corpus(problem, places=3, embed=embed)
+
+
+def test_the_most_similar_solved_questions_come_before_a_question_that_failed():
+    embed = partial(token_counts, width=64)
+    context = Context(tokens=jnp.array([[1, 2], [1, 1], [4, 9], [0, 0]]), mask=jnp.array([[1, 1]] * 3 + [[0, 0]], bool))
+    corpus = {
+        "context": context,
+        "tokens": jnp.array([[11, 0], [12, 0], [13, 14], [15, 0]]),
+        "mask": jnp.array([[1, 0], [1, 0], [1, 1], [1, 1]], bool),
+        "embedding": embed(context),
+        "index": jnp.array([0, 1, 2, -1]),
+        "next": jnp.int32(3),
+    }
+    questions = Context(tokens=jnp.array([[1, 3], [9, 4], [1, 2]]), mask=jnp.ones((3, 2), bool))
+    asked = dataclasses.replace(toy_prompts(3), context=questions)
+    got = with_examples(corpus, asked, jnp.array([True, True, False]), count=2, embed=embed, between=(77,))
+    assert text(got, 0, 0) == [1, 1, 12, 77, 1, 2, 11, 77, 1, 3]
+    assert text(got, 1, 0)[:5] == [4, 9, 13, 14, 77] and text(got, 1, 0)[-2:] == [9, 4]
+    assert text(got, 2, 0) == [1, 2] and got.tokens.shape == (3, 1, 12)
+    few = with_examples({**corpus, "index": jnp.array([0, -1, -1, -1])}, asked, jnp.ones(3, bool), count=2, embed=embed)
+    assert text(few, 1, 0) == [1, 2, 11, 9, 4]
+    none = with_examples(corpus, asked, jnp.ones(3, bool), count=0, embed=embed)
+    np.testing.assert_array_equal(none.tokens[:, 0], asked.context.tokens)
+
+
+def test_only_groups_without_a_right_row_get_examples():
+    first = toy_batch(logp=jnp.zeros((4, 2, T))).rollouts
+    outcome = jnp.array([[0.0, 0.0], [0.0, 1.0], [jnp.nan, 0.0], [jnp.nan, jnp.nan]])
+    asked = []
+
+    def examples(corpus, prompts, where, **_):
+        asked.append(where.tolist())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xrpo, "with_examples", examples)
+        xrpo.examples_if_failed({}, None, dataclasses.replace(first, outcome=outcome), count=1, embed=None, between=())
+    assert asked == [[True, False, True, False]]
+
+
+def rare(fill=0.0):
+    mean = jnp.array([-0.2, -0.6, -0.4, -0.4])[:, None]
+    logp = jnp.concatenate([mean + 0.1, mean - 0.1, jnp.full((4, 1), fill)], axis=-1)[None]
+    mask = jnp.broadcast_to(jnp.array([True, True, False]), (1, 4, 3))
+    return toy_batch(logp=logp, mask=mask, outcome=[[1.0, 1.0, 0.0, 0.0]], advantage=[[1.0, 1.0, -1.0, -1.0]])
+
+
+@pytest.mark.parametrize("fill", [0.0, jnp.nan, 1e10])
+def test_unlikely_right_rows_get_more(fill):
+    got = sharpened(rare(fill), weight=2.5, most=0.5)
+    np.testing.assert_allclose(got[0, :, 0], [1.0, 1.453173, -1.0, -1.0], atol=1e-6)
+    np.testing.assert_array_equal(got[0, :, 1], got[0, :, 0])
+    np.testing.assert_allclose(sharpened(rare(fill), weight=25.0, most=0.5)[0, 1, 0], 1.5)
+
+
+def test_xrpo_without_its_parts_is_grpo():
+    plain = {"group_size": 4, "base": 4, "rounds": 0}
+    scores, batch = random_batch(jax.random.key(4))
+    assert_equal_losses(load("xrpo", **plain, sharpen=0.0), load("grpo", kl=None), scores, batch)
+    with pytest.raises(AssertionError):
+        assert_equal_losses(load("xrpo", **plain), load("grpo", kl=None), scores, batch)
+    fake = Fake([jnp.zeros((2, 4))])
+    got, _ = load("xrpo", **plain).rollout.apply({}, jax.random.key(0), fake.world(), toy_prompts(2))
+    assert got.tokens.shape == (2, 4, T) and len(fake.contexts) == 1
+    for wrong in ({"base": 1}, {"rounds": 0}, {"rounds": 3}, {"most": 3}, {"group_size": 4}):
+        with pytest.raises(ValueError, match="xrpo needs base"):
+            load("xrpo", **wrong)
+
+
+# --- clpo -------------------------------------------------------------------------------------------------------------
+
+
+def test_difficulty_by_accuracy():
+    outcome = jnp.array([[0.0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
+    scored = jnp.ones((6, 4), bool).at[5].set(jnp.array([True, True, False, False]))
+    of = partial(difficulty, hard=0.3, medium=0.7)
+    np.testing.assert_array_equal(of(outcome, scored), [HARD, HARD, MEDIUM, EASY, EASY, MEDIUM])
+    np.testing.assert_array_equal(of(outcome, jnp.zeros((6, 4), bool)), [EASY] * 6)
+    ten = (jnp.arange(10) < jnp.array([[3], [4], [7], [8]])).astype(float)
+    np.testing.assert_array_equal(of(ten, jnp.ones((4, 10), bool)), [HARD, MEDIUM, MEDIUM, EASY])
+
+
+def worded(outcomes, **options):
+    """Prompts 0 (hard), 1 (medium) and 2 (easy), answered, rewritten as `[20]` and answered again."""
+    fake = Fake(outcomes)
+    words = {"simplify": (51,), "paraphrase": (52, 53), "frame": ((60,), (61, 62))}
+    recipe = load("clpo", group_size=4, length=T, **words, **options)
+    return recipe.rollout(fake.world(), jax.random.key(0), logged(toy_prompts(3))), fake
+
+
+LEVELS = [[1.0, 0, 0, 0], [1.0, 1, 0, 0], [1.0, 1, 1, 1]]
+
+
+def test_hard_and_medium_prompts_are_worded_anew_with_the_same_answer():
+    got, fake = worded([LEVELS, jnp.ones((3, 4))])
+    _, asked, context = fake.contexts
+    # Question, answer, instruction; and what the policy wrote, without its end, as the new prompt.
+    assert [text(asked, b, 0) for b in (0, 1)] == [[0, 1, 80, 51], [2, 3, 81, 52, 53]]
+    assert [text(context, b, 0) for b in range(3)] == [[60, 20, 61, 62]] * 2 + [[4, 5]]
+    assert got.tokens.shape == (6, 4, T) and got.context.tokens.shape[:2] == (6, 1)
+    assert [text(got.context, b, 0) for b in (0, 3, 5)] == [[0, 1], [60, 20, 61, 62], [4, 5]]
+    np.testing.assert_array_equal(got.prompts.index, [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(got.prompts.target, [0, 1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(got.mask.any((1, 2)), [1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(got.segment[:, 0, 0], [HARD, MEDIUM, EASY] * 2)
+    np.testing.assert_array_equal(got.outcome[:3], LEVELS)
+    np.testing.assert_array_equal(got.outcome[3:5], jnp.ones((2, 4)))
+    # Two tokens a response; two more for each rewrite that was asked for.
+    np.testing.assert_array_equal(got.generated, [10, 10, 8, 8, 8, 0])
+
+
+@pytest.mark.parametrize(("kind", "there"), [("rewrite_hard", [0, 1, 0]), ("rewrite_medium", [1, 0, 0])])
+def test_one_kind_may_stay_as_it_is(kind, there):
+    got, fake = worded([LEVELS, jnp.ones((3, 4))], **{kind: False})
+    np.testing.assert_array_equal(got.mask[3:].any((1, 2)), there)
+    assert text(fake.contexts[2], 1 - there[1], 0) == [2 - 2 * there[1], 3 - 2 * there[1]]
+
+
+def test_hard_rows_are_held_less():
+    scores, batch = random_batch(jax.random.key(2))
+    term = load("clpo").loss.terms[0]
+    plain = kl_to_reference(scores, batch, weight=1.0)
+    # Prompt 0 as it was was hard, the others not, whatever the outcomes here are.
+    level = jnp.broadcast_to(jnp.array([HARD, MEDIUM, EASY])[:, None, None], batch.mask.shape)
+    marked = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, segment=level))
+    coefficient = np.array([0.0005, 0.001, 0.001])[:, None, None]
+    np.testing.assert_allclose(term(scores, marked), coefficient * plain, rtol=1e-6)
+    # Without rewriting the group itself says it.
+    outcome = jnp.zeros((3, 4)).at[1].set(1.0)
+    unmarked = term(scores, dataclasses.replace(batch, outcome=outcome))
+    np.testing.assert_allclose(unmarked, np.array([0.0005, 0.001, 0.0005])[:, None, None] * plain, rtol=1e-6)
+
+
+def test_informative_groups_count_or_all():
+    batch = toy_batch(logp=jnp.zeros((3, 2, 1)), outcome=[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_array_equal(informative_or_all(batch), [[1, 1], [0, 0], [0, 0]])
+    assert informative_or_all(dataclasses.replace(batch, outcome=jnp.ones((3, 2)))).all()
+
+
+def test_clpo_without_rewriting_is_filtered_grpo():
+    scores, batch = random_batch(jax.random.key(4))
+    child = load("clpo", rewrite_hard=False, rewrite_medium=False, hard_kl=1.0)
+    parent = dataclasses.replace(load("grpo", kl=0.001), filter=informative)
+    assert_equal_losses(child, parent, scores, batch)
+    assert set(changes(child, dataclasses.replace(parent, rollout=partial(sample_group, size=4)))) == {
+        "filter",
+        "loss.terms[0]",
+        "update",
+    }
+    with pytest.raises(AssertionError):
+        assert_equal_losses(load("clpo", hard=0.9, hard_kl=0.0), parent, scores, batch)
 
 
 # --- the policy elsewhere, in the engine ------------------------------------------------------------------------------

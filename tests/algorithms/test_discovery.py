@@ -8,6 +8,10 @@ from jaxrl_llm import algorithms
 from jaxrl_llm.algorithm import Algorithm, describe
 
 OTHER = {"group_size": 3, "rounds": 4, "limit": 40, "cache": 7, "minibatches": 5, "epochs": 7, "max_length": 11}
+OTHER |= {"age": 3, "completions": 4, "edges": 9, "first": 5, "interval": 7, "members": 3, "oversample": 3}
+OTHER |= {"pretraining": 9, "segment": 9, "sets": 3, "size": 6, "vines": 3, "whitened": False, "window": 9}
+# Where a value above would not do.
+OF_METHOD = {"spo_tree": {"branch": (3, 2)}, "treepo": {"branch": 3, "group_size": 9}}
 
 
 def test_names_and_load():
@@ -39,7 +43,7 @@ def test_no_argument_is_silently_ignored(name):
         assert parameter.kind is parameter.KEYWORD_ONLY, f"{name}({parameter.name}) must be keyword-only"
         if callable(parameter.default):
             continue
-        other = OTHER.get(parameter.name, 0.123)
+        other = (OTHER | OF_METHOD.get(name, {})).get(parameter.name, 0.123)
         assert describe(function(**{parameter.name: other})) != describe(function()), f"{name} ignores {parameter.name}"
 
 

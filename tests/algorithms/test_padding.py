@@ -11,7 +11,7 @@ import pytest
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithm import PolicyLoss
 from jaxrl_llm.algorithms import names, recipe
-from jaxrl_llm.testing import evaluate, prepare, random_batch, whole_step
+from jaxrl_llm.testing import evaluate, prepare, random_batch, whole_step, with_fresh_loss
 from jaxrl_llm.types import Scores
 from jaxrl_llm.updates.passes import select
 
@@ -26,6 +26,7 @@ def load(name, **kwargs):
 
 
 def run(algorithm, scores, batch):
+    algorithm = with_fresh_loss(algorithm, batch)
     batch = prepare(algorithm, batch)
     got = evaluate(algorithm.loss, scores, batch)
     value_gradient = jnp.zeros(())
@@ -75,8 +76,8 @@ def test_nothing_to_learn_from_is_zero_not_nan(name):
 @pytest.mark.parametrize("name", names())
 def test_sum_over_prompts_is_the_whole(name):
     """Micro-batches add up, with shares of the whole step and what was prepared on it."""
-    algorithm = load(name)
-    scores, batch = random_batch(jax.random.key(1), prompts=4, measures=algorithm.measures)
+    scores, batch = random_batch(jax.random.key(1), prompts=4, measures=load(name).measures)
+    algorithm = with_fresh_loss(load(name), batch)
     batch = prepare(algorithm, batch)
     whole = evaluate(algorithm.loss, scores, batch)
     batch = whole_step(algorithm.loss, scores, batch)

@@ -1,4 +1,4 @@
-"""Methods that change the optimiser step: PIPO, N-PG-IGT, HARPG, Bayesian policy gradient, AEPO and Deep GA."""
+"""Methods that change the optimiser step: PIPO, N-PG-IGT, HARPG, Bayesian policy gradient, AEPO, Deep GA and BuPO."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithms import load, pipo
+from jaxrl_llm.algorithms import harpg, load, pipo
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.losses.surrogates import clip_min
-from jaxrl_llm.testing import evaluate, prepare, random_batch, whole_step
+from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, whole_step
 from jaxrl_llm.types import Learn, Problem, Sampling, Scores
+from jaxrl_llm.updates import momentum
 from jaxrl_llm.updates.passes import several_passes
 
 KEY = jax.random.key(0)
@@ -170,3 +171,119 @@ def test_pipo_is_grpo_with_a_token_mean():
     scores, batch = random_batch(jax.random.key(11))
     for kl in (None, 0.04):
         same_loss(load("pipo", kl=kl), changed("grpo", kl=kl, loss={"aggregate": token_mean}), scores, batch)
+
+
+# --- N-PG-IGT and HARPG ---------------------------------------------------------------------------------------------
+
+HALF, TENTH, ONE = (partial(momentum.constant, value=x) for x in (0.5, 0.1, 1.0))
+SCHEDULES = {"eta": HALF, "gamma": TENTH}
+
+
+def quadratic():
+    """What an update is given if the loss is `theta^2 / 2`, and where models were asked to sample."""
+    asked = []
+    _, batch = random_batch(KEY, size=3)
+    rollouts = dataclasses.replace(batch.rollouts, outcome=batch.outcome)
+
+    def world(models):
+        asked.append(models[0]["policy"])
+
+    learn = fake_learn(None, world=world)
+    gradient = lambda models, batch, loss=None: ((jnp.zeros(()), {}), {"policy": models[0]["policy"]})  # noqa: E731
+    return dataclasses.replace(learn, gradient=gradient), dataclasses.replace(batch, rollouts=rollouts), asked
+
+
+def steps_of(update, learn, batch, start, count):
+    """Parameters of the policy and memory after each step."""
+    memory, models, found = update.init(Problem(rows=1, prompts=1, length=1, vocab=1, params=start)), (start, {}), []
+    for t in range(count):
+        now = dataclasses.replace(batch, step=jnp.asarray(t))
+        (models, _), memory = update.apply(memory, jax.random.fold_in(KEY, t), models, now, learn)
+        found.append((models[0]["policy"], memory))
+    return found
+
+
+def test_npg_igt_average_is_the_gradient_on_a_quadratic():
+    learn, batch, _ = quadratic()
+    found = steps_of(load("npg_igt", **SCHEDULES).update, learn, batch, {"policy": jnp.array(1.0)}, 4)
+    np.testing.assert_allclose([memory["params"] for _, memory in found], [0.9, 0.8, 0.7, 0.6], rtol=1e-5)
+    np.testing.assert_allclose([ahead for ahead, _ in found], [0.8, 0.7, 0.6, 0.5], rtol=1e-5)
+    np.testing.assert_allclose([memory["slope"] for _, memory in found], [1.0, 0.9, 0.8, 0.7], rtol=1e-5)
+
+
+def test_harpg_average_is_the_gradient_on_a_quadratic(monkeypatch):
+    monkeypatch.setattr(harpg, "hessian_product", lambda learn, models, batch, change: change)
+    learn, batch, asked = quadratic()
+    update = load("harpg", **SCHEDULES, direction=momentum.unscaled).update
+    again = dataclasses.replace(load("reinforce"), rollout=lambda world, key, prompts: batch.rollouts)
+    update = dataclasses.replace(update, apply=partial(update.apply, algorithm=again))
+    found = steps_of(update, learn, batch, {"policy": jnp.array(1.0)}, 3)
+    np.testing.assert_allclose([p for p, _ in found], [0.9, 0.81, 0.729], rtol=1e-5)
+    np.testing.assert_allclose([memory["slope"] for _, memory in found], [1.0, 0.9, 0.81], rtol=1e-5)
+    assert asked[0] == 1 and 0.9 < asked[1] < 1 and 0.81 < asked[2] < 0.9
+
+
+def test_schedules_of_the_theory():
+    t = jnp.arange(3)
+    np.testing.assert_allclose(momentum.NEW_WEIGHT(t), [1, 0.722981, 0.574349], rtol=1e-5)
+    np.testing.assert_allclose(momentum.STEP_SIZE(t) / momentum.STEP_SIZE(0), [1, 2 / 3, 1 / 2], rtol=1e-5)
+
+
+def test_npg_igt_steps_have_the_given_length_or_none():
+    learn, batch, _ = quadratic()
+    start = {"policy": {"a": jnp.array([3.0, -1.0]), "b": jnp.array([[2.0]])}}
+    for params, length in ((start, 0.1), (jax.tree.map(jnp.zeros_like, start), 0.0)):
+        before = params["policy"]
+        for _, memory in steps_of(load("npg_igt", **SCHEDULES).update, learn, batch, params, 3):
+            moves = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), memory["params"], before)
+            np.testing.assert_allclose(jnp.sqrt(sum(jax.tree.leaves(moves))), length, rtol=1e-4)
+            before = memory["params"]
+
+
+@pytest.mark.parametrize("name", ["npg_igt", "harpg"])
+def test_with_the_weight_one_they_are_normalised_reinforce(name):
+    algorithm, parent = load(name, group_size=4, eta=ONE, gamma=TENTH), load("reinforce", group_size=4)
+    scores, batch = random_batch(jax.random.key(11))
+    same_loss(algorithm, parent, scores, batch)
+    batch = prepare(parent, batch)
+    rollouts = dataclasses.replace(batch.rollouts, outcome=batch.outcome)
+    again = dataclasses.replace(parent, rollout=lambda world, key, prompts: rollouts)
+    update = algorithm.update
+    if name == "harpg":
+        update = dataclasses.replace(update, apply=partial(update.apply, algorithm=again))
+    params = jnp.where(batch.mask, scores.logp, 0.0)
+    learn = fake_learn(parent.loss, world=lambda models: None)
+    for got, _ in steps_of(update, learn, batch, {"policy": params}, 2):
+        slope = learn.gradient(({"policy": params}, {}), batch)[1]["policy"]
+        params = params - 0.1 * slope / jnp.sqrt(jnp.sum(slope**2))
+        np.testing.assert_allclose(got, params, rtol=1e-5, atol=1e-6)
+
+
+def all_answers(fill=0.0):
+    """Rows of two tokens that are as frequent as they are probable, and the parameters of that policy `[T V]`."""
+    first, second = jnp.meshgrid(jnp.array([0, 0, 1, 2]), jnp.array([0, 1]), indexing="ij")
+    tokens = jnp.stack([first.ravel(), second.ravel(), jnp.zeros(8, jnp.int32)], -1)[None]
+    reward = jnp.array([[0.3, 1.0], [-0.5, 2.0], [0.7, 0.1]])
+    mask = jnp.broadcast_to(jnp.array([True, True, False]), tokens.shape)
+    advantage = jnp.where(mask, reward[tokens[..., 0], tokens[..., 1]][..., None], fill)
+    batch = toy_batch(logp=jnp.where(mask, 0.0, fill), mask=mask, advantage=advantage, tokens=tokens)
+    params = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.5, 0.5, 1e-9], [0.2, 0.3, 0.5]]))
+    return params, batch, reward
+
+
+@pytest.mark.parametrize("fill", [0.0, jnp.nan])
+def test_harpg_hessian_is_that_of_the_expected_reward(fill):
+    params, batch, reward = all_answers(fill)
+    change = jax.random.normal(KEY, params.shape)
+
+    def loss(params):
+        p = jax.nn.softmax(params)
+        return -jnp.einsum("a,b,ab->", p[0], p[1, :2], reward)
+
+    got = harpg.hessian_product(fake_learn(load("harpg").loss, softmax), ({"policy": params}, {}), batch, change)
+    want = jnp.einsum("ijkl,kl->ij", jax.hessian(loss)(params), change)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    # A baseline changes nothing: the rows' scores add up to 0, and so do their second derivatives.
+    lower = dataclasses.replace(batch, advantage=batch.advantage - 1.0)
+    got = harpg.hessian_product(fake_learn(load("harpg").loss, softmax), ({"policy": params}, {}), lower, change)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
