@@ -33,13 +33,14 @@ TOKENIZER = character_tokenizer()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests share what they compile, and so do the laws of one method: each such set runs on one worker."""
+    """A file's tests share what they compile, and so do those of one method: each such set runs on one worker."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, name = nodeid.partition("::")
-            return f"{file}[{name.partition('[')[2]}" if file.endswith("test_laws.py") else file
+            each = file.endswith(("test_laws.py", "test_padding.py"))
+            return f"{file}[{name.partition('[')[2].partition('-')[0]}" if each else file
 
     return Together(config, log)
 

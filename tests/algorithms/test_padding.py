@@ -1,6 +1,7 @@
 """Padding is invisible, for every recipe; and what a loss must not depend on."""
 
 import dataclasses
+import functools
 import inspect
 
 import jax
@@ -53,51 +54,71 @@ def run(algorithm, scores, batch):
     }
 
 
+@functools.lru_cache(maxsize=8)
+def compiled(name, **kwargs):
+    """`run` of a recipe as one program, which most tests of it share."""
+    algorithm = load(name, **kwargs)
+    return jax.jit(lambda scores, batch: run(algorithm, scores, batch))
+
+
+@functools.lru_cache(maxsize=8)
+def batch_of(name, seed, **kwargs):
+    return random_batch(jax.random.key(seed), measures=load(name).measures, **kwargs)
+
+
 @pytest.mark.parametrize("fill", [jnp.nan, 1e10], ids=["nan", "1e10"])
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(), scope="module")
 def test_poison_in_masked_slots_changes_no_bit(name, fill):
-    clean = run(load(name), *random_batch(jax.random.key(3), measures=load(name).measures))
-    poisoned = run(load(name), *random_batch(jax.random.key(3), fill=fill, measures=load(name).measures))
+    clean, poisoned = compiled(name)(*batch_of(name, 3)), compiled(name)(*batch_of(name, 3, fill=fill))
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(clean))
     assert any((x != 0).any() for x in jax.tree.leaves((clean["coefficient"], clean["measured"])))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(), scope="module")
 def test_nothing_to_learn_from_is_zero_not_nan(name):
-    scores, batch = random_batch(jax.random.key(0), measures=load(name).measures)
-    empty = dataclasses.replace(batch, keep=jnp.zeros_like(batch.keep))
-    got = run(load(name), scores, empty)
+    scores, batch = batch_of(name, 0)
+    got = compiled(name)(scores, dataclasses.replace(batch, keep=jnp.zeros_like(batch.keep)))
     assert got["value"] == 0 and not got["coefficient"].any()
     assert not any(x.any() for x in jax.tree.leaves(got["measured"]))
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(), scope="module")
 def test_sum_over_prompts_is_the_whole(name):
     """Micro-batches add up, with shares of the whole step and what was prepared on it."""
-    scores, batch = random_batch(jax.random.key(1), prompts=4, measures=load(name).measures)
-    algorithm = with_fresh_loss(load(name), batch)
-    batch = prepare(algorithm, batch)
-    whole = evaluate(algorithm.loss, scores, batch)
-    batch = whole_step(algorithm.loss, scores, batch)
-    parts = [algorithm.loss(*select((scores, batch), jnp.array(rows))) for rows in ([0, 1], [2, 3])]
-    np.testing.assert_allclose(parts[0][0] + parts[1][0], whole.value, rtol=2e-5, atol=1e-6)
-    for key, x in whole.metrics.items():
-        if jnp.ndim(x) == 0:
-            np.testing.assert_allclose(parts[0][1][key] + parts[1][1][key], x, rtol=2e-5, atol=1e-6)
+
+    @jax.jit
+    def both(scores, batch):
+        algorithm = with_fresh_loss(load(name), batch)
+        batch = prepare(algorithm, batch)
+        whole = evaluate(algorithm.loss, scores, batch)
+        batch = whole_step(algorithm.loss, scores, batch)
+        parts = [algorithm.loss(*select((scores, batch), jnp.array(rows))) for rows in ([0, 1], [2, 3])]
+        scalars = {key: x for key, x in whole.metrics.items() if jnp.ndim(x) == 0}
+        return (whole.value, scalars), (
+            parts[0][0] + parts[1][0],
+            {k: parts[0][1][k] + parts[1][1][k] for k in scalars},
+        )
+
+    whole, parts = both(*batch_of(name, 1, prompts=4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), parts, whole)
 
 
 CREDITED = [n for n in names() if isinstance(load(n).loss, PolicyLoss)]
 
 
-@pytest.mark.parametrize("name", CREDITED)
+@pytest.mark.parametrize("name", CREDITED, scope="module")
 def test_no_advantage_no_gradient(name):
     algorithm = load(name)
-    scores, batch = random_batch(jax.random.key(2), measures=algorithm.measures)
-    batch = dataclasses.replace(prepare(algorithm, batch), advantage=jnp.zeros(batch.mask.shape))
     loss = dataclasses.replace(algorithm.loss, terms=())
-    got = evaluate(loss, scores, batch)
+
+    @jax.jit
+    def without(scores, batch):
+        batch = dataclasses.replace(prepare(algorithm, batch), advantage=jnp.zeros(batch.mask.shape))
+        return evaluate(loss, scores, batch)
+
+    got = without(*batch_of(name, 2))
     assert got.value == 0 and not got.coefficient.any()
 
 
@@ -107,17 +128,17 @@ def test_no_advantage_no_gradient(name):
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e6])
 def test_equal_rewards_give_exactly_no_gradient(name, reward):
     """Rewards whose mean rounds: the deviations must still be 0, not an ulp divided by an epsilon."""
-    algorithm = load(name) if name in ("dapo", "gspo", "gspo_token", "cispo", "dr_grpo") else load(name, kl=None)
-    scores, batch = random_batch(jax.random.key(2), size=7)
-    got = run(algorithm, scores, dataclasses.replace(batch, outcome=jnp.full_like(batch.outcome, reward)))
+    kwargs = {} if name in ("dapo", "gspo", "gspo_token", "cispo", "dr_grpo") else {"kl": None}
+    scores, batch = batch_of(name, 2, size=7)
+    outcome = jnp.full_like(batch.outcome, reward)
+    got = compiled(name, **kwargs)(scores, dataclasses.replace(batch, outcome=outcome))
     # DAPO's length punishment is a reward too; its filter drops these groups.
     assert not got["coefficient"].any()
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in PLACED])
+@pytest.mark.parametrize("name", [n for n in names() if n not in PLACED], scope="module")
 def test_order_of_rows_and_groups_does_not_matter(name):
-    algorithm = load(name)
-    scores, batch = random_batch(jax.random.key(5), measures=algorithm.measures)
+    scores, batch = batch_of(name, 5)
     groups, rows = jnp.array([2, 0, 1]), jnp.array([3, 1, 0, 2])
     if name in ("dpo", "mc_grpo"):  # one of several equally good rows is chosen by order: make them differ
         noise = 0.1 * jax.random.uniform(jax.random.key(9), batch.outcome.shape)
@@ -128,18 +149,17 @@ def test_order_of_rows_and_groups_does_not_matter(name):
             return x[groups][:, rows]
         return x[groups] if jnp.ndim(x) else x
 
-    plain, moved = run(algorithm, scores, batch), run(algorithm, *jax.tree.map(shuffled, (scores, batch)))
+    plain, moved = compiled(name)(scores, batch), compiled(name)(*jax.tree.map(shuffled, (scores, batch)))
     np.testing.assert_allclose(moved["value"], plain["value"], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(moved["coefficient"], shuffled(plain["coefficient"]), rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(), scope="module")
 def test_more_padding_changes_nothing(name):
     # Constants that default to the budget, which padding is.
     arguments = inspect.signature(recipe(name)).parameters
     kwargs = {key: n for key, n in {"max_length": 5, "limit": 5, "cache": 2}.items() if key in arguments}
-    algorithm = load(name, **kwargs)
-    scores, batch = random_batch(jax.random.key(6), measures=algorithm.measures)
+    scores, batch = batch_of(name, 6)
 
     def longer(x):
         return jnp.pad(x, ((0, 0), (0, 0), (0, 3), *[(0, 0)] * (jnp.ndim(x) - 3))) if jnp.ndim(x) >= 3 else x
@@ -150,25 +170,24 @@ def test_more_padding_changes_nothing(name):
         padded[0],
         dataclasses.replace(padded[1], rollouts=dataclasses.replace(padded[1].rollouts, context=context)),
     )
-    plain, more = run(algorithm, scores, batch), run(algorithm, *padded)
+    plain, more = compiled(name, **kwargs)(scores, batch), compiled(name, **kwargs)(*padded)
     np.testing.assert_allclose(more["value"], plain["value"], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(more["coefficient"][..., :5], plain["coefficient"], rtol=2e-4, atol=1e-5)
     assert not more["coefficient"][..., 5:].any()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", names(), scope="module")
 @pytest.mark.parametrize("scale", [1e30])
 def test_extreme_rewards_are_finite(name, scale):
-    scores, batch = random_batch(jax.random.key(7), measures=load(name).measures)
-    got = run(load(name), scores, dataclasses.replace(batch, outcome=batch.outcome * scale))
+    scores, batch = batch_of(name, 7)
+    got = compiled(name)(scores, dataclasses.replace(batch, outcome=batch.outcome * scale))
     assert jnp.isfinite(got["coefficient"]).all()
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", ["bapo", "capo", "dpo", "gspo", "ppo", "riskpo"], scope="module")
 def test_jit_is_no_jit(name):
-    algorithm = load(name)
-    scores, batch = random_batch(jax.random.key(8), measures=algorithm.measures)
-    eager, jitted = run(algorithm, scores, batch), jax.jit(lambda s, b: run(algorithm, s, b))(scores, batch)
+    scores, batch = batch_of(name, 8)
+    eager, jitted = run(load(name), scores, batch), compiled(name)(scores, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), eager, jitted)
 
 
