@@ -48,9 +48,9 @@ def overlong_weight(batch: Batch, *, rate: float | Array) -> Array:
     correct, lengths = batch.outcome >= 1, batch.rollouts.lengths.astype(jnp.float32)
     right = batch.rows & correct
     excess = lengths - masked_mean(lengths, right, axis=-1, keepdims=True)
-    long = batch.rows & ~correct & right.any(-1, keepdims=True) & (excess > 0)
+    wrong = batch.rows & ~correct & right.any(-1, keepdims=True)
     # 1 + rate would lose the rate's digits.
-    return jnp.where(long, 2 - jnp.exp(-jnp.maximum(excess, 0) * jnp.log1p(jnp.asarray(rate))), 1.0)
+    return jnp.where(wrong, 2 - jnp.exp(-jnp.maximum(excess, 0) * jnp.log1p(jnp.asarray(rate))), 1.0)
 
 
 def apo(

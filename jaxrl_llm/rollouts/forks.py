@@ -25,11 +25,11 @@ class Forks(NamedTuple):
 
 
 def shares(going: Array, total: Array) -> Array:
-    """`total` branches over the rows that go on, `[W]`: equally, at least one each, what is left to the last."""
+    """`total` branches, at least as many as rows go on, over these rows, `[W]`: equally, what is left to the last."""
     count = going.sum()
-    each = jnp.maximum(total // jnp.maximum(count, 1), 1)
+    each = total // jnp.maximum(count, 1)
     last = going & (jnp.cumsum(going) == count)
-    return jnp.where(going, each, 0) + jnp.where(last, jnp.maximum(total - each * count, 0), 0)
+    return jnp.where(going, each, 0) + jnp.where(last, total - each * count, 0)
 
 
 def forks(done: Array, going: Array, ended: Array, *, branch: int) -> Forks:
@@ -47,8 +47,7 @@ def forks(done: Array, going: Array, ended: Array, *, branch: int) -> Forks:
     width = done.size
     room = width - done.sum()
     ahead = shares(going, jnp.minimum(room, branch * (ended.sum() + going.sum())))
-    before = branch * (jnp.cumsum(done) - 1)
-    again = jnp.where(done & ~going.any(), jnp.clip(room - before, 0, branch), 0)
+    again = jnp.where(done & ~going.any(), branch, 0)  # those beyond the last place are not there
     copies = jnp.cumsum(jnp.concatenate([done, ahead, again]))
     place = jnp.arange(width)
     part = jnp.searchsorted(copies, place, side="right")

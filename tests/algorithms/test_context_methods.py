@@ -529,7 +529,7 @@ class FakeLearn:
 
 def test_the_second_update_waits_until_there_are_enough_tasks():
     recipe = load("spark", group_size=2, size=4, words=WORDS._replace(right=(10,), wrong=(11,)), pointwise=1.0)
-    fake = Fake([jnp.full((4, 2), 0.0), jnp.array([[0.0, 0.0]] * 2 + [[1.0, 0.0]] * 2)])
+    fake = Fake([jnp.full((4, 2), 0.25)])
     learn = FakeLearn(fake)
     start = verified([[1.0, 0.0]])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), start.prompts)
@@ -546,8 +546,14 @@ def test_the_second_update_waits_until_there_are_enough_tasks():
     assert auxiliary.outcome.shape == (4, 2) and auxiliary.advantage.shape == (4, 2, 3)
     kinds = [context[2] for context in (text(auxiliary.rollouts.context, i, 0) for i in range(4))]
     assert kinds == [50, 70, 50, 70]
-    # The first world's rows say 10 and 11: a judge's label, or the verifier's word where there is none.
-    np.testing.assert_array_equal(metrics["judging/outcome"], auxiliary.outcome.mean())
+    # The responses say 10 and 11: one of them is a judge's label. The verifier has the word where there is none.
+    np.testing.assert_array_equal(auxiliary.outcome[::2].sum(-1), [1.0, 1.0])
+    np.testing.assert_array_equal(auxiliary.outcome[1::2], 0.25 * jnp.ones((2, 2)))
+    labels = np.where(auxiliary.outcome[::2, 0] == 1.0, 20, 21)  # row 0 was right, row 1 was not
+    np.testing.assert_array_equal([text(auxiliary.rollouts.context, i, 0)[3] for i in (0, 2)], labels)
+    np.testing.assert_allclose(auxiliary.advantage[::2, :, 0].sum(-1), 0.0, atol=1e-6)
+    assert auxiliary.advantage[::2, :, 0].all() and not auxiliary.advantage[1::2].any()
+    np.testing.assert_allclose(metrics["judging/outcome"], 0.375)
 
 
 def test_spark_without_tasks_is_grpo_and_its_labels_differ():

@@ -12,12 +12,13 @@ from jaxrl_llm.advantages.group import center_scale, per_group
 from jaxrl_llm.advantages.sources import among_own, one_on_injected
 from jaxrl_llm.algorithms import load
 from jaxrl_llm.algorithms.chord import alike, probable, uncertain, warm_cosine, weighted_likelihood
+from jaxrl_llm.algorithms.dph_rl import alpha_divergence, forward_kl, jensen_shannon
 from jaxrl_llm.algorithms.rl_plus import exploration, mixture_weight
 from jaxrl_llm.losses.aggregate import sequence_mean_token_mean, token_mean
 from jaxrl_llm.losses.likelihood import NegativeLogLikelihood
 from jaxrl_llm.losses.mixed import MixedLoss, Part, injected, own
 from jaxrl_llm.losses.ratio import recomputed, token_ratio
-from jaxrl_llm.losses.surrogates import unclipped
+from jaxrl_llm.losses.surrogates import dual_clip, unclipped
 from jaxrl_llm.rollouts.mixed import before_step, carries_logged, logged_or_sampled, side_by_side, with_logged
 from jaxrl_llm.stages import write
 from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_prompts
@@ -421,3 +422,70 @@ def test_rl_plus_needs_room_for_its_own():
 
 def test_rl_plus_ignores_what_is_masked():
     assert_poison_is_invisible("rl_plus")
+
+
+# --- DPH-RL -----------------------------------------------------------------------------------------------------------
+
+GENERATORS = {
+    forward_kl: ([0.193147, 0, 0.306853], [-0.5, 0, 1]),
+    jensen_shannon: ([0.084950, 0, 0.169899], [-0.202733, 0, 0.575364]),
+    alpha_divergence: ([0.160318, 0, 0.368118], [-0.371746, 0, 1.294494]),
+}
+
+
+@pytest.mark.parametrize("divergence", GENERATORS)
+def test_generators_are_0_and_flat_at_1(divergence):
+    """Values and slopes by log u at u = 1/2, 1, 2."""
+    values, slopes = GENERATORS[divergence]
+    u = jnp.array([0.5, 1.0, 2.0])
+    np.testing.assert_allclose(divergence(u), values, atol=1e-5)
+    slope = jax.vmap(jax.grad(lambda log_u: divergence(jnp.exp(log_u))))(jnp.log(u))
+    np.testing.assert_allclose(slope, slopes, atol=1e-5)
+    far = jnp.exp(jnp.linspace(-20, 20, 41))
+    assert (divergence(far) >= -1e-5).all() and np.isfinite(divergence(far)).all()
+
+
+def test_the_divergence_is_from_the_base_in_the_mean_over_its_samples():
+    """Enumerated over three actions: `E_base[u - log u - 1]` is `KL(base || pi)`, forward."""
+    base, pi = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.3, 0.5])
+    np.testing.assert_allclose((base * forward_kl(pi / base)).sum(), (base * np.log(base / pi)).sum(), rtol=1e-5)
+
+
+def test_rehearsal_pulls_back_to_the_base():
+    """One prompt explores two rows of equal reward; the other rehearses 2 tokens at u = 1/2 and 2."""
+    mask = jnp.array([[[1, 1], [1, 1], [0, 0]], [[0, 0], [0, 0], [1, 1]]], bool)
+    role = jnp.where(mask, POLICY, PADDING).at[1, 2].set(INJECTED)
+    base = jnp.full(mask.shape, -1.0)
+    logp = base.at[1, 2].set(-1 + jnp.log(jnp.array([0.5, 2.0])))
+    batch = toy_batch(
+        logp=base, reference=base, mask=mask, role=role, outcome=jnp.ones((2, 3)), keep=jnp.ones((2, 3), bool)
+    )
+    value, gradient = run(load("dph_rl", weight=0.1), Scores(logp=logp), batch)
+    np.testing.assert_allclose(gradient[1, 2], 0.1 * np.array([-0.5, 1.0]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(value, 0.1 * 0.25, rtol=1e-5)  # (.193147 + .306853) / 2
+    assert not gradient[0].any() and not gradient[1, :2].any()
+    _, bounded = run(load("dph_rl", weight=0.1, bound=0.25), Scores(logp=logp), batch)
+    np.testing.assert_allclose(bounded[1, 2], [-0.025, 0], rtol=1e-5)
+
+
+def test_dph_rl_without_rehearsal_is_grpo_with_a_dual_clip():
+    scores, batch = mixed_batch(jax.random.key(1))
+    parent = load("grpo", kl=None)
+    surrogate = partial(dual_clip, low=0.2, high=0.28, bound=1.3)
+    parent = dataclasses.replace(
+        parent, loss=dataclasses.replace(parent.loss, aggregate=token_mean, surrogate=surrogate)
+    )
+    want = run(parent, scores, only(batch, ~batch.rollouts.injected))
+    assert_equal_runs(run(load("dph_rl", weight=0.0, dual=1.3), scores, batch), want)
+    scores, batch = random_batch(jax.random.key(1))
+    assert_equal_runs(run(load("dph_rl", dual=1.3), scores, batch), run(parent, scores, batch))
+
+
+def test_dph_rl_needs_the_base():
+    scores, batch = mixed_batch(jax.random.key(1))
+    with pytest.raises(ValueError, match="base policy as reference"):
+        run(load("dph_rl"), scores, dataclasses.replace(batch, reference=None))
+
+
+def test_dph_rl_ignores_what_is_masked():
+    assert_poison_is_invisible("dph_rl")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithms import harpg, load, pipo
+from jaxrl_llm.algorithms import deep_ga, harpg, load, pipo
 from jaxrl_llm.losses.aggregate import token_mean
-from jaxrl_llm.losses.surrogates import clip_min
-from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, whole_step
-from jaxrl_llm.types import Learn, Problem, Sampling, Scores
+from jaxrl_llm.losses.surrogates import clip_min, dual_clip
+from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_prompts, whole_step
+from jaxrl_llm.types import Learn, Problem, Sampling, Scores, World
 from jaxrl_llm.updates import momentum
 from jaxrl_llm.updates.passes import several_passes
 
@@ -287,3 +287,164 @@ def test_harpg_hessian_is_that_of_the_expected_reward(fill):
     lower = dataclasses.replace(batch, advantage=batch.advantage - 1.0)
     got = harpg.hessian_product(fake_learn(load("harpg").loss, softmax), ({"policy": params}, {}), lower, change)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+# --- AEPO -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("entropy", "temperature"), [(0.0, 1.2), (0.75, 1.2), (0.7501, 0.8)])
+def test_aepo_samples_a_quarter_again_at_the_temperature_that_is_needed(entropy, temperature):
+    def sample(key, prompts, size, *, sampling):
+        shape = (prompts.index.shape[0], size, 2)
+        drawn = toy_batch(logp=jnp.zeros(shape)).rollouts
+        return dataclasses.replace(drawn, prompts=prompts, sampling=sampling)
+
+    own = Sampling(temperature=jnp.array(1.0), top_k=jnp.array(7))
+    kept = []
+
+    def spy(key, prompts, size, *, sampling):
+        kept.append(sampling)
+        return sample(key, prompts, size, sampling=sampling)
+
+    world = World(sample=spy, score=None, reward=None, models={}, step=jnp.array(0), length=2, sampling=own)
+    got, memory = load("aepo_arbitrary", group_size=3).rollout.apply(jnp.array(entropy), KEY, world, toy_prompts(8))
+    np.testing.assert_array_equal(got.prompts.index, [0, 1, 2, 3, 4, 5, 6, 7, 0, 1])
+    np.testing.assert_allclose(kept[0].temperature, np.array([[1.0]] * 8 + [[temperature]] * 2) * np.ones(3))
+    assert (kept[0].top_k == 7).all() and (got.sampling.temperature == 1).all() and memory == entropy
+    np.testing.assert_array_equal(got.segment[:, 0, 0], [0] * 8 + [1] * 2)
+
+
+def aepo_batch(entropy=0.0, fill=0.0, **options):
+    """Four groups of four, the last two of them extra; row 3 of each group does not count. What is in the loss."""
+    algorithm = load("aepo_arbitrary", group_size=4, **options)
+    keep = jnp.ones((4, 4), bool).at[:, 3].set(False)
+    outcome = jnp.array([[1.0, 0, 0, fill], [0, 1, 1, fill], [1, 1, 0, fill], [1, 1, 1, fill]])
+    batch = toy_batch(logp=jnp.zeros((4, 4, 2)), outcome=outcome, keep=keep, old=jnp.full((4, 4, 2), -0.3))
+    segment = jnp.broadcast_to(jnp.array([0, 0, 1, 1])[:, None, None], (4, 4, 2))
+    batch = dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, segment=segment))
+    batch = dataclasses.replace(batch, advantage=algorithm.advantage(batch))
+    select, _ = algorithm.weight.apply(jnp.array(entropy), KEY, batch)
+    return batch, select & keep
+
+
+def test_aepo_extra_rows_are_good_or_nothing():
+    batch, _ = aepo_batch()
+    z = 2 / 3 / np.sqrt(1 / 3)
+    np.testing.assert_allclose(batch.advantage[0, :, 0], [z, -z / 2, -z / 2, 0], rtol=1e-4)
+    np.testing.assert_array_equal(batch.advantage[2:, :, 0], [[1, 1, 0, 0], [0, 0, 0, 0]])
+    assert not aepo_batch(threshold=0.9)[0].advantage[2:].any()
+
+
+@pytest.mark.parametrize(
+    ("entropy", "most", "n"), [(0.0, 60, 2), (0.0, 1, 1), (0.75, 60, 2), (0.76, 60, 1), (0.9, 1, 0)]
+)
+def test_aepo_good_rows_take_the_place_of_others(entropy, most, n):
+    batch, select = aepo_batch(entropy, most=most)
+    assert select[:2].sum() == 6 - n and select[2:].sum() == n
+    assert (batch.advantage[2:][select[2:]] == 1).all()
+    np.testing.assert_array_equal(select, aepo_batch(entropy, fill=jnp.nan, most=most)[1])
+
+
+def test_aepo_estimates_what_it_learns_from():
+    batch, select = aepo_batch()
+    old = dataclasses.replace(batch.old, logp=jnp.where(select[..., None], -0.25, jnp.nan))
+    batch = dataclasses.replace(batch, old=old, select=jnp.broadcast_to(select[..., None], (4, 4, 2)))
+    for slot in ("rollout", "weight"):
+        observe = getattr(load("aepo_arbitrary"), slot).observe
+        np.testing.assert_allclose(observe(jnp.array(9.0), batch), 0.25, rtol=1e-6)
+        nothing = dataclasses.replace(batch, select=jnp.zeros((4, 4, 2), bool))
+        assert observe(jnp.array(9.0), nothing) == 9
+
+
+def test_aepo_ratios_are_of_the_learnt_distribution():
+    algorithm = load("aepo_arbitrary", group_size=4)
+    batch, select = aepo_batch()
+    batch = dataclasses.replace(batch, select=jnp.broadcast_to(select[..., None], (4, 4, 2)))
+    got = evaluate(algorithm.loss, Scores(logp=batch.old.logp), batch)  # the sampler's are 0
+    np.testing.assert_array_equal(got.metrics["ratio"], 1.0)
+    np.testing.assert_allclose(got.coefficient, -jnp.where(select[..., None], batch.advantage, 0), rtol=1e-6)
+
+
+def test_aepo_without_extra_rows_is_grpo_with_a_dual_clip():
+    scores, batch = random_batch(jax.random.key(11))
+    ratio = load("aepo_arbitrary").loss.ratio
+    loss = {"ratio": ratio, "aggregate": token_mean, "surrogate": partial(dual_clip, low=0.2, high=0.2, bound=3.0)}
+    same_loss(load("aepo_arbitrary"), changed("grpo", kl=None, loss=loss), scores, batch)
+
+
+# --- Deep GA --------------------------------------------------------------------------------------------------------
+
+
+def world_of_targets(models):
+    """Rewards are minus the squared distance of the parameters to (1, -2), the same for every response."""
+    params = models[0]["policy"]
+
+    def sample(key, prompts, size):
+        return dataclasses.replace(toy_batch(logp=jnp.zeros((3, size, 2))).rollouts, prompts=prompts)
+
+    def reward(rollouts):
+        found = -jnp.sum(jnp.square(params["a"] - jnp.array([1.0, -2.0]))) - params["b"] ** 2
+        found = jnp.broadcast_to(found, rollouts.mask.shape[:2])
+        return found.at[0, 0].set(jnp.nan)  # could not be scored
+
+    return World(sample=sample, score=None, reward=reward, models=models[0], step=jnp.array(0), length=2)
+
+
+def evolved(steps, *, start=None, **options):
+    algorithm = load(
+        "deep_ga", **({"population": 16, "parents": 4, "candidates": 4, "sigma": 0.3, "size": 2} | options)
+    )
+    batch = toy_batch(logp=jnp.zeros((3, 2, 2)))
+    learn = fake_learn(None, world=world_of_targets)
+    start = {"policy": {"a": jnp.zeros(2), "b": jnp.ones(())}} if start is None else start
+    return steps_of(algorithm.update, learn, batch, start, steps)
+
+
+def test_deep_ga_parents_are_the_fittest_and_the_elite_comes_first():
+    start = {"a": jnp.zeros(2), "b": jnp.ones(())}
+    (elite, parents), *_ = evolved(1)
+    keys = jax.random.split(jax.random.fold_in(KEY, 0), 3)
+    born = deep_ga.children(jax.tree.map(lambda x: jnp.stack([x] * 4), start), keys[0], count=16, sigma=0.3)
+    first = -np.sum((np.asarray(born["a"]) - [1, -2]) ** 2, -1) - np.asarray(born["b"]) ** 2
+    order = np.argsort(-first)
+    assert first[order[0]] > -6  # of the policy at the start
+    np.testing.assert_array_equal(elite["a"], born["a"][order[0]])
+    np.testing.assert_array_equal(parents["a"], born["a"][order[:4]])
+    np.testing.assert_array_equal(parents["b"], born["b"][order[:4]])
+
+
+def test_deep_ga_learns_and_its_elite_never_gets_worse():
+    found = [jnp.sum(jnp.square(p["a"] - jnp.array([1, -2]))) + p["b"] ** 2 for p, _ in evolved(12)]
+    assert (np.diff(found) <= 0).all() and found[-1] < 1 < found[0]
+
+
+@pytest.mark.parametrize(
+    ("elite", "want"), [(-1, [7, 5, 3]), (0, [5, 3, 9]), (2, [7, 5, 9]), (3, [7, 5, 3]), (4, [7, 5, 3])]
+)
+def test_deep_ga_elite_takes_the_last_place_unless_it_has_one(elite, want):
+    np.testing.assert_array_equal(deep_ga.fittest(jnp.array([7, 5, 3, 9, 1]), jnp.array(elite), 4), want)
+
+
+def test_deep_ga_children_are_mutations_of_uniform_parents():
+    parents = {"a": jnp.array([0.0, 100.0, 200.0]), "b": jnp.zeros((3, 2))}
+    born = deep_ga.children(parents, KEY, count=600, sigma=0.5)
+    _, counts = np.unique(jnp.round(born["a"] / 100), return_counts=True)
+    assert counts.size == 3 and counts.min() > 150
+    noise = jnp.concatenate([(born["a"] - 100 * jnp.round(born["a"] / 100))[:, None], born["b"]], -1)
+    np.testing.assert_allclose(noise.std(0), 0.5, rtol=0.1)
+    assert (np.abs(np.corrcoef(noise.T) - np.eye(3)) < 0.15).all()
+    for x, y in zip(
+        *(jax.tree.leaves(deep_ga.children(parents, KEY, count=600, sigma=0.5)) for _ in "12"), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_deep_ga_without_mutation_changes_nothing():
+    for policy, parents in evolved(2, sigma=0.0):
+        assert not policy["a"].any() and policy["b"] == 1 and not parents["a"].any()
+
+
+@pytest.mark.parametrize("options", [{"parents": 0}, {"parents": 65}, {"candidates": 1}, {"candidates": 66}])
+def test_deep_ga_sizes_must_fit(options):
+    with pytest.raises(ValueError, match=r"parents must be in \[1, 64\] and candidates in \[2, 65\]"):
+        load("deep_ga", **options)

@@ -377,6 +377,8 @@ def marks(*places, width=8):
     [
         # Three go on and two ended now: 6 places, 2 * 5 branches asked for; 2 each.
         ((0, 3), (1, 2, 4), (0, 3), [0, 3], [1, 1, 2, 2, 4, 4], []),
+        # One goes on and one ended now: 2 * 2 of 7 places, as if neither had.
+        ((0,), (1,), (0,), [0], [1, 1, 1, 1], []),
         # Nobody ended: 2 * 2 of 7 places.
         ((5,), (2, 3), (), [5], [2, 2, 3, 3], []),
         # 5 places for three: one each, and what is left over to the last.
