@@ -202,7 +202,7 @@ def describe(algorithm: Any) -> str:
     for field in dataclasses.fields(Algorithm):
         value = getattr(algorithm, field.name)
         if value is not field.default and not (field.name == "measures" and not value):
-            lines.append(f"    {field.name}={_show(value)},")
+            lines.append(f"    {field.name}={show(value)},")
     return "Algorithm(\n" + "\n".join(lines) + "\n)"
 
 
@@ -286,21 +286,22 @@ def _name(value: Any) -> str:
     return getattr(value, "__name__", type(value).__name__)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A part of a recipe as an expression."""
     if isinstance(value, functools.partial):
-        bound = [_show(x) for x in value.args] + [f"{k}={_show(x)}" for k, x in value.keywords.items()]
+        bound = [show(x) for x in value.args] + [f"{k}={show(x)}" for k, x in value.keywords.items()]
         return f"partial({', '.join([_name(value), *bound])})"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         shown = [
-            f"{f.name}={_show(getattr(value, f.name))}"
+            f"{f.name}={show(getattr(value, f.name))}"
             for f in dataclasses.fields(value)
             if getattr(value, f.name) is not f.default
         ]
         return f"{type(value).__name__}({', '.join(shown)})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_show(x)}" for k, x in value.items()) + "}"
+        return "{" + ", ".join(f"{k!r}: {show(x)}" for k, x in value.items()) + "}"
     if isinstance(value, tuple):
-        return "(" + "".join(f"{_show(x)}, " for x in value).rstrip() + ")"
+        return "(" + "".join(f"{show(x)}, " for x in value).rstrip() + ")"
     if callable(value):
         return _name(value)
     return repr(value)
@@ -310,7 +311,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, tuple[str
     olds, news = _children(old), _children(new)
     same_head = type(old) is type(new) and (not isinstance(old, functools.partial) or old.func is new.func)
     if olds is None or news is None or not same_head or [n for n, _ in olds] != [n for n, _ in news]:
-        before, after = _show(old), _show(new)
+        before, after = show(old), show(new)
         if before != after:
             yield path, (before, after)
         return

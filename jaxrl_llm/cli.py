@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train`, `jaxrl-llm quickstart`."""
+"""The command line: `jaxrl-llm train`, `jaxrl-llm quickstart`, `jaxrl-llm catalogue`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from jaxrl_llm import algorithms, tasks
+from jaxrl_llm import algorithms, catalogue, tasks
 from jaxrl_llm.job import SHIPPED, TrainConfig, execute, prepare
 
 # The first run of a stranger: the shipped policy knows the form of column addition and mostly forgets the carry.
@@ -38,9 +39,35 @@ DESCRIPTION = """Reinforcement learning on language models.
     jaxrl-llm quickstart --seed 1 --algorithm rloo --run runs/rloo
     jaxrl-llm train --task countdown --steps 500 --learning-rate 1e-4
     jaxrl-llm train --task gsm8k --data FOLDER --policy FOLDER --set group_size=16 clip=0.2 kl=none
+    jaxrl-llm catalogue --family credit
+    jaxrl-llm catalogue show dapo
 
 A run leaves a folder: config.json, metrics.jsonl, summary.json, transcripts.json, checkpoint/, policy/, curve.png.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """One method: docstring, arguments, expression, what differs from its parent, verdict."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """The method."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """All that is known of it, as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """The methods there are."""
+
+    method: (
+        Annotated[None, tyro.conf.subcommand("list", prefix_name=False, description="The table.")]
+        | Annotated[Show, tyro.conf.subcommand("show", prefix_name=False)]
+    ) = None
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """All that is known of them, as JSON."""
+    family: str | None = None
+    """One family only; a part of its name is enough."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = parse(arguments)
     try:
+        if isinstance(config, Catalogue):
+            return _print(answer(config))
         with _quiet("jaxrl_llm.tasks"):  # the run shows the task's report itself
             job = prepare(config)
     except (ValueError, OSError, ImportError) as error:
@@ -63,17 +92,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration a command line (`sys.argv` if None) asks for. Exits with status 2 where it is none."""
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig | Catalogue:
+    """What a command line (`sys.argv` if None) asks for. Exits with status 2 where it is nothing."""
     named = f"Algorithms: {', '.join(algorithms.names())}.\nTasks: {', '.join(tasks.names())}."
-    config: TrainConfig = tyro.extras.subcommand_cli_from_dict(
-        {"train": _train, "quickstart": _quickstart},
+    config: TrainConfig | Catalogue = tyro.extras.subcommand_cli_from_dict(
+        {"train": _train, "quickstart": _quickstart, "catalogue": _catalogue},
         prog="jaxrl-llm",
         description=f"{DESCRIPTION}\n{named}",
         args=arguments,
         registry=_pairs(),
     )
     return config
+
+
+def answer(question: Catalogue) -> str:
+    """A table, a page, or JSON.
+
+    Raises:
+      ValueError: there is no such method or family, or a family is asked for one method.
+    """
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if question.method is None:
+        found = catalogue.entries(question.family)
+        return _json([dataclasses.asdict(e) for e in found]) if question.json else catalogue.table(found, width)
+    if question.family is not None:
+        raise ValueError("--family chooses methods for the table: show has one already")
+    entry = catalogue.entry(question.method.name)
+    if question.json or question.method.json:
+        return _json(dataclasses.asdict(entry))
+    return catalogue.plain_text(entry, min(width or 100, 100))
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, allow_nan=False)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -90,6 +148,11 @@ def _quiet(logger: str) -> Iterator[None]:
 def _train(config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()) -> TrainConfig:  # noqa: B008, frozen
     """Train a policy on a task by reinforcement learning."""
     return config
+
+
+def _catalogue(methods: tyro.conf.OmitArgPrefixes[Catalogue] = Catalogue()) -> Catalogue:
+    """The methods there are, and what each of them is."""
+    return methods
 
 
 def _quickstart(config: tyro.conf.OmitArgPrefixes[TrainConfig] = QUICKSTART) -> TrainConfig:

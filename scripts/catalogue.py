@@ -1,86 +1,68 @@
-"""The table of methods in README, made from the code: `python scripts/catalogue.py [--check]`.
+"""docs/methods.md and README's counts, made from the code: `python scripts/catalogue.py [--check]`.
 
-What differs is computed by `changes()` between a recipe and the one it is built from, or GRPO; the rest is read off the
-docstrings. `--check` changes nothing and fails if README is behind.
+`--check` changes nothing and fails if they are behind. What an entry says is read by `jaxrl_llm.catalogue`.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
-import re
 import sys
 from pathlib import Path
 
-from jaxrl_llm import algorithms
-from jaxrl_llm.algorithm import changes
+from jaxrl_llm import catalogue
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+METHODS, README = ROOT / "docs" / "methods.md", ROOT / "README.md"
 START, END = "<!-- catalogue: scripts/catalogue.py -->", "<!-- /catalogue -->"
 
+TITLE = """# Methods
 
-def table() -> str:
-    """One row a method."""
-    rows = [
-        "| method | what it is | source | slots it changes, against |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(row(name))} |" for name in algorithms.names()),
-    ]
-    return "\n".join([START, *rows, END])
+<!-- Made by scripts/catalogue.py: change the docstrings in jaxrl_llm/algorithms and run it again. -->
+
+"""
 
 
-def row(name: str) -> tuple[str, str, str, str]:
-    doc = inspect.getdoc(algorithms.recipe(name)) or ""
-    link = f"[`{name}`](jaxrl_llm/algorithms/{name}.py)"
-    return link, doc.splitlines()[0].rstrip("."), source(doc), differs(name)
+def page(found: list[catalogue.Entry]) -> str:
+    """docs/methods.md."""
+    return f"{TITLE}{counts(found)}\n\n{catalogue.markdown(found)}"
 
 
-def source(doc: str) -> str:
-    """The first arXiv id of the docstring's source, as a link, or the source itself."""
-    text = " ".join(section(doc, "Source"))
-    found = re.search(r"\b(\d{4}\.\d{4,5})\b", text)
-    return f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else text.split(chr(34))[0].strip(" ,.")
+def counts(found: list[catalogue.Entry]) -> str:
+    """How many methods there are, of which families, and what is known of them."""
+    each = {f: sum(e.family == f for e in found) for f in catalogue.FAMILIES}
+    families = ", ".join(f"{family} ({n})" for family, n in each.items() if n)
+    tried = sum(e.reproduced is not None for e in found)
+    part = sum(e.confidence == "in part" for e in found)
+    return (
+        f"{len(found)} methods: {families}. An experiment of this repository has tried {tried or 'none'} of them; "
+        f"{part or 'none'} are written from sources that describe the method only in part, and say so."
+    )
 
 
-def section(doc: str, title: str) -> list[str]:
-    lines = iter(doc.splitlines())
-    for line in lines:
-        if line.startswith(f"{title}:"):
-            found = [line.removeprefix(f"{title}:").strip()]
-            for more in lines:
-                if not more.startswith("  "):
-                    return found
-                found.append(more.strip())
-            return found
-    return []
-
-
-def differs(name: str) -> str:
-    """The slots that differ from the parent: the recipe its file is built from, or GRPO."""
-    module = inspect.getmodule(algorithms.recipe(name))
-    built_from = [n for n in algorithms.names() if n != name and hasattr(module, n)]
-    parent = built_from[0] if built_from else "grpo"
-    if parent == name:
-        return ""
-    paths = changes(algorithms.load(name), algorithms.load(parent))
-    slots = list(dict.fromkeys(path.split(".")[0].split("[")[0] for path in paths))
-    return f"{', '.join(slots) or 'defaults only'} (`{parent}`)"
+def readme(found: list[catalogue.Entry]) -> str:
+    """README with the counts between its marks."""
+    text = README.read_text()
+    if START not in text or END not in text:
+        sys.exit(f"README.md has no {START} ... {END}")
+    return f"{text.split(START)[0]}{START}\n{counts(found)}\n{END}{text.split(END)[1]}"
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--check", action="store_true", help="fail if README is behind the code")
+    p.add_argument("--check", action="store_true", help="fail if docs/methods.md or README.md is behind the code")
     args = p.parse_args()
-    text = README.read_text()
-    if START not in text or END not in text:
-        sys.exit(f"README.md has no {START} ... {END}")
-    before, rest = text.split(START, 1)
-    new = before + table() + rest.split(END, 1)[1]
-    if new == text:
-        return
-    if args.check:
-        sys.exit("README.md's catalogue is behind the code: run python scripts/catalogue.py")
-    README.write_text(new)
+    try:
+        found = catalogue.entries()
+        made = {METHODS: page(found), README: readme(found)}
+    except ValueError as error:
+        sys.exit(str(error))
+    for path, text in made.items():
+        if path.exists() and path.read_text() == text:
+            continue
+        if args.check:
+            sys.exit(f"{path.relative_to(ROOT)} is behind the code: run python scripts/catalogue.py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

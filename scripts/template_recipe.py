@@ -32,8 +32,9 @@ def template_recipe(*, group_size: int = 8, clip: float = 0.2) -> Algorithm:
     """`parent` that ...: what the method changes and why, in a sentence or two.
 
     Source: "Title", arXiv id, equations and sections used.
-    Deviations: where this differs from the paper or its code, and why; "none known".
+    Deviations: where this differs from the paper or its code, and why; "none known"; "described only in part".
     Limit: where it becomes another method ("groups of two: `grpo` without division by the standard deviation").
+    Family: credit.
 
     Args:
       group_size: the paper's value, or `# not in the paper` behind ours.

@@ -64,6 +64,7 @@ def adora(
       report and released code, ShadeCloak/ADORA, 2025).
     Deviations: a wrong row is left out where it is truncated, not beyond a fixed number of tokens near the limit.
     Limit: with shrink=1 it is `grpo` with this clip and kl.
+    Family: credit.
 
     Args:
       group_size: 16 in the released scripts.

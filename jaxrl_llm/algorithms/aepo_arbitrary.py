@@ -94,6 +94,7 @@ def aepo_arbitrary(
     Deviations: the rows that are replaced are chosen at random, the prompts sampled twice are the first (the released
       code's choice is not known to us). The entropy is that of the rows learnt from, before the update.
     Limit: without extra rows it is `grpo` with kl=None, `token_mean` and `dual_clip`.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.

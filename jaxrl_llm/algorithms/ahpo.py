@@ -27,6 +27,7 @@ def ahpo(*, group_size: int = 8, clip: float = 0.2, fewer_than: float = 1.0) -> 
     Deviations: described only in part: the equation is known, not the threshold, nor whether there is a divergence;
       here there is none. No training code was released.
     Limit: fewer_than=0 is `grpo` with kl=None and `token_mean`; above the group size the expert's part is always on.
+    Family: supervised and mixed data.
 
     Args:
       group_size: own samples a prompt.  # not in the paper

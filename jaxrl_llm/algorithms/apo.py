@@ -65,6 +65,7 @@ def apo(
     Deviations: correct means a verifier's outcome of at least 1; the released code finds it in a reward that counts
       format too.
     Limit: with kl=None and rate=0 it is `grpo` with kl=None and `token_mean`.
+    Family: credit.
 
     Args:
       group_size: responses a prompt.

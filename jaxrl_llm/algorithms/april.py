@@ -65,6 +65,7 @@ def april(*, group_size: int = 8, oversample: int = 2, clip_low: float = 0.2, cl
       filter (`filter=informative`) drops groups without waiting for others in their place. No bound on staleness.
       Prompts are drawn for `oversample` times the groups in every step, and those there is no place for are not used.
     Limit: oversample=1 is `grpo` with kl=None and two widths.
+    Family: sampling and curricula.
 
     Args:
       group_size: 8 in the paper.

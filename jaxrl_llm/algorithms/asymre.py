@@ -28,6 +28,7 @@ def asymre(*, group_size: int = 8, shift: float = -0.1) -> Algorithm:
       "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm", 2509.24203, and Trinity-RFT's `asymre`.
     Deviations: a group of one has advantage 0 (the released code: its reward, without shift).
     Limit: with shift=0 it is REINFORCE with the group's mean as baseline and `token_mean`.
+    Family: credit.
 
     Args:
       group_size: 8 in 2509.24203.

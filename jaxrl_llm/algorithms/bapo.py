@@ -87,6 +87,7 @@ def bapo(
     Deviations: none known. With the released measure a higher lower bound makes bad tokens weigh more, not less;
       `measure=in_gradient` does what the paper wants of it.
     Limit: with both ends at their starts it is PPO's clip with these bounds, and the dual clip at `bound`.
+    Family: objective and clipping.
 
     Args:
       group_size: 16 in the paper.  # 8: not in the paper

@@ -71,6 +71,7 @@ def bpo_gbpo(
       has no gradient.
     Limit: inside the bounds, with temperature near 0 and no reward from a group's median to its mean, its gradient is
       that of `grpo` with `token_mean`. A reward that is the median has the target ratio 1 at any temperature.
+    Family: objective and clipping.
 
     Args:
       group_size: 32 in the paper.  # 8: not in the paper

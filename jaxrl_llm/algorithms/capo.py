@@ -36,6 +36,7 @@ def capo(
       another temperature than 1 divide logits and hidden state by it. Adam's numbers are a copy of the optimiser's
       that no schedule changes: keep `learning_rate` what the optimiser's is.
     Limit: with both bounds infinite it is `grpo` with kl=None and 1e-4 added to the standard deviation.
+    Family: optimiser and structure.
 
     Args:
       group_size: 8 in the paper.

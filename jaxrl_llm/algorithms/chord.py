@@ -73,6 +73,7 @@ def chord(
     Deviations: demonstrations are of the step's own prompts, one for each; in the released code they are a fifth of the
       batch, drawn from a data set of their own. No divergence.
     Limit: peak=valley=0 is `grpo` with kl=None; peak=valley=1 with `alike` is `sft`.
+    Family: supervised and mixed data.
 
     Args:
       group_size: own samples a prompt.

@@ -19,6 +19,7 @@ def cispo(*, group_size: int = 8, clip_low: float = 1.0, clip_high: float = 4.0)
     Source: MiniMax-M1, 2506.13585, eq. 4 and 5. The mean is over the tokens of a prompt's group, then over prompts.
     Deviations: none known.
     Limit: at the old policy its gradient is that of REINFORCE with the same advantage and aggregation.
+    Family: objective and clipping.
 
     Args:
       group_size: not given in the paper.  # not in the paper

@@ -81,6 +81,7 @@ def clip_cov(
     Deviations: the lot is drawn from the tokens themselves and the step, so that it does not depend on how a step is
       split; no length punishment.
     Limit: where no covariance is above `above` (infinity) it is `dapo` with the same reward and widths.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -72,6 +72,7 @@ def clpo(
     Deviations: the wording is token ids that the user gives; the instruction should forbid to reveal the answer, and
       whether it does is for the user to look at. The loss weighs rows equally. No group is split or cut.
     Limit: with neither kind rewritten and hard_kl=1 it is `grpo` with kl=0.001 and the filter.
+    Family: sampling and curricula.
 
     Args:
       group_size: responses a prompt and a version.

@@ -36,6 +36,7 @@ def copg(*, group_size: int = 4, kl: float = 0.1) -> Algorithm:
     Deviations: the weight of the divergence is swept there.
     Limit: on samples of the policy its gradient is `group_size` times that of `rloo` with the same kl: a mean over
       prompts of a sum over rows.
+    Family: preference.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -88,6 +88,7 @@ def copo(
     Source: "COPO: Consistency-Aware Policy Optimization", 2508.04138, and its released code.
     Deviations: answers are compared token by token, not as parsed values.
     Limit: with the gate `forced`, where no group is all alike, it is `grpo` with `dual_clip`.
+    Family: credit.
 
     Args:
       group_size: responses a prompt.

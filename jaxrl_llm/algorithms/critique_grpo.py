@@ -78,6 +78,7 @@ def critique_grpo(
       entropy bonus has the same denominator. A critique is made of tokens that are known, not written by another
       model; the default is the solution alone, where the paper's also says whether the response was right.
     Limit: if no row is injected (and entropy=None) it is `dr_grpo` with the `unclipped` surrogate.
+    Family: supervised and mixed data.
 
     Args:
       group_size: rows of a group, the refinement among them; twice as many are sampled.

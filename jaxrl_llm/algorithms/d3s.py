@@ -86,6 +86,7 @@ def d3s(
     Deviations: the account used here is partial: it has the equations but not the authors' sizes. The entropy is that
       of the sampling distribution, which costs nothing.
     Limit: with each=group_size and all shares 1 it is `grpo` with `token_mean`.
+    Family: sampling and curricula.
 
     Args:
       group_size: rows of a group.

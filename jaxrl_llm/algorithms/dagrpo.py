@@ -89,6 +89,7 @@ def dagrpo(
       score: the mean log-prob of a response in place of a judge's. How pairs are dropped, `delta`, and the anchors'
       ratio are a reading of the text; a group with an anchor stays whole.
     Limit: with delta=0 and rollout=sample_group it is `grpo`.
+    Family: sampling and curricula.
 
     Args:
       group_size: rows of a group.  # not in the paper

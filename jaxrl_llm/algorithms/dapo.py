@@ -36,6 +36,7 @@ def dapo(
       is over the batch, as in the released code. That code also clips at ratio 10 where the advantage is negative
       (`dual_clip` does). Overlong *filtering*, the alternative, is `chain(informative, not_truncated)`.
     Limit: with equal widths, the `everything` filter and `verified` rewards it is `grpo` with kl=None and `token_mean`.
+    Family: policy gradient.
 
     Args:
       group_size: 16 in the paper.  # 8: not in the paper

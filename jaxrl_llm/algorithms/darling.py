@@ -55,6 +55,7 @@ def darling(
     Deviations: which responses mean the same is asked of a trained classifier of pairs there, and is a function here;
       very short answers are not compared by shared words. A row is compared with those that count.
     Limit: where all responses differ it is `grpo` with `per_group(center)` and `token_mean`.
+    Family: rewards and budgets.
 
     Args:
       group_size: responses a prompt.

@@ -84,6 +84,7 @@ def dcpo_distribution(
     Deviations: a token mean, which the released code's trainer defaults to. The temperatures apply to the logits, so
       the run should sample at temperature 1.
     Limit: where the entropy is what it should be it is `grpo` with kl=None, this loss and no tempered part.
+    Family: divergence and entropy.
 
     Args:
       group_size: 5 in the paper.

@@ -99,6 +99,7 @@ def deep_ga(
       population are children, and the elite is the first parent. Parents are arrays, not lists of seeds. Credit and
       loss slots, those of `reinforce`, and the optimiser are not used; the step's rollouts are the elite's.
     Limit: with sigma=0.0 nothing changes.
+    Family: without gradients.
 
     Args:
       population: children a step.  # not in the paper: 1000 there

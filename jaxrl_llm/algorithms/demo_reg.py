@@ -25,6 +25,7 @@ def demo_reg(*, group_size: int = 4, kl: float = 0.05, cloning_steps: int = 100)
       stands for its planner, maximum likelihood for its smoothed estimate (let the cloning stop early, or the
       divergence from the clone has no bound). The optimiser starts anew between the phases.
     Limit: with cloning_steps=0 it is `rloo`, and the reference is the one the run was given.
+    Family: divergence and entropy.
 
     Args:
       group_size: samples a prompt in the second phase.  # not in the paper

@@ -58,6 +58,7 @@ def dgpo(*, group_size: int = 8, clip: float = 0.2, power: float = 1.0, tau: flo
       square, or divide by the mean in place of the softmax. Distance and entropy are of the current policy at
       temperature 1.
     Limit: at the reference, or with tau at infinity, it is `grpo` with kl=None.
+    Family: credit.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -82,6 +82,7 @@ def direct_apo(
       solutions, half of them right; the critic's targets are of the responses the steps are taken from.
     Limit: on-policy, where every response is one step, its gradient is that of REINFORCE with centred rewards over
       `beta`.
+    Family: objective and clipping.
 
     Args:
       group_size: steps from a state, and responses that tell the critic what it is worth; N.

@@ -99,6 +99,7 @@ def disco(
     Deviations: the value of the loss is the objective's (the released code has its gradient only).
     Limit: as tau grows it tends to DisCO-b, tau=None: within the bound that is REINFORCE with advantages
       `G / (correct rows)` and `-G / (wrong rows)` and a mean over rows of means over tokens.
+    Family: objective and clipping.
 
     Args:
       group_size: 8 in the paper.

@@ -76,6 +76,7 @@ def dph_rl(
     Deviations: the base policy is scored as the reference, its log-probs are not stored with the data. Of the two
       Jensen-Shannon forms only the one of low variance.
     Limit: where nothing is rehearsed it is `grpo` with kl=None, a dual clip and `token_mean`.
+    Family: divergence and entropy.
 
     Args:
       group_size: samples of a prompt that is explored.

@@ -21,6 +21,7 @@ def dpo(*, beta: float = 0.1, smoothing: float = 0.0) -> Algorithm:
     Deviations: the advantage slot is not read by the loss.
     Limit: at the reference the loss is log 2 and its gradient is `beta / 2` times that of REINFORCE with `A` of +1 and
       -1.
+    Family: preference.
 
     Args:
       beta: strength of the implicit divergence; 0.1 in the paper (0.5 on TL;DR).

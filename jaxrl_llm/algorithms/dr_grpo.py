@@ -21,6 +21,7 @@ def dr_grpo(*, group_size: int = 8, clip: float = 0.2, max_length: int | None = 
     Source: "Understanding R1-Zero-Like Training", 2503.20783, section 3.2.
     Deviations: rows that do not count are not in the denominator.
     Limit: its gradient at the old policy is `(G - 1) / (G * max_length)` times that of `rloo` with kl=None.
+    Family: policy gradient.
 
     Args:
       group_size: 8 in the paper.

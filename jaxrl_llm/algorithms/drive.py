@@ -89,6 +89,7 @@ def drive(
       data set of 175; pass rates are those of a prompt's last group, not measured anew before a phase. One response
       length (the paper has 24k tokens, then 32k). The settings of `grpo` are its own.
     Limit: in the first stage it is `grpo` with groups of first_group_size.
+    Family: sampling and curricula.
 
     Args:
       first_group_size: rollouts a prompt in the first stage.

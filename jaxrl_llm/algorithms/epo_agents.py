@@ -79,6 +79,7 @@ def epo_agents(
       episodes on the left, which shifts their turns. Whether a row is half way is asked of the optimiser step, not of
       each micro-batch. No divergence. A rollout without turns is one turn.
     Limit: with entropy=0.0 it is `grpo` with kl=None.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.  # not in the paper

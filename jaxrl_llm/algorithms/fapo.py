@@ -66,6 +66,7 @@ def fapo(
     Deviations: the generative verifier that finds flaws is the user's, as `flawed`; without one no row is flawed.
       `error_position` is the reward that trains such a verifier.
     Limit: with penalty=0, or if no row is flawed, it is `dapo` with the `everything` filter and without new samples.
+    Family: rewards and budgets.
 
     Args:
       group_size: 8 in the paper.

@@ -93,6 +93,7 @@ def for_tb(
       are drawn hot, and prompts replayed, each by its own chance. What is annealed goes linearly over a fixed horizon.
     Limit: on samples of the policy the expected gradient is `2 (G - 1) / G` times that of KL(pi || R^beta / Z): that of
       REINFORCE with the group's mean as baseline and `2 (beta log R - log pi)` as reward.
+    Family: objective and clipping.
 
     Args:
       group_size: 4 in the paper.

@@ -38,6 +38,7 @@ def gmpo(*, group_size: int = 8, width: float = 0.4, minibatches: int = 8) -> Al
     Source: "Geometric-Mean Policy Optimization", 2507.20673, eq. 4 and algorithm 1; settings of section 4.1.
     Deviations: none known. The row's gradient reaches only its tokens that are not clipped, as in algorithm 1.
     Limit: with responses of one token it is `grpo` with kl=None and the bounds `exp(-width)` and `exp(width)`.
+    Family: objective and clipping.
 
     Args:
       group_size: responses a prompt.

@@ -19,6 +19,7 @@ def grpo(*, group_size: int = 8, clip: float = 0.2, kl: float | None = 0.04, kl_
     Deviations: the reference is not renewed between outer iterations. The standard deviation is the unbiased one with
       1e-6 added (the paper does not say); groups of one have advantage 0.
     Limit: with kl=None, one update a batch and `per_group(center)`, its gradient is that of REINFORCE.
+    Family: policy gradient.
 
     Args:
       group_size: 64 in the paper; 8 is usual.  # not in the paper

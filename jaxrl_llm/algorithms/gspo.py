@@ -21,6 +21,7 @@ def gspo(*, group_size: int = 8, clip_low: float = 3e-4, clip_high: float = 4e-4
     Source: 2507.18071, eq. 5 to 7; widths and mini-batches of section 5.1.
     Deviations: none known.
     Limit: with responses of one token it is `grpo` with kl=None and the same widths.
+    Family: objective and clipping.
 
     Args:
       group_size: not given in the paper.  # not in the paper

@@ -20,6 +20,7 @@ def gspo_token(
     Source: 2507.18071, eq. 13 and 14.
     Deviations: none known.
     Limit: where the advantage is constant over a response it is `gspo`, in value and gradient.
+    Family: objective and clipping.
 
     Args:
       group_size: not given in the paper.  # not in the paper

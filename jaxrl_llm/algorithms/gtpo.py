@@ -79,6 +79,7 @@ def gtpo(*, group_size: int = 8, reward: float = 2.0, entropy: float = 0.1, limi
       entropy is the sampler's. Groups of equal rewards are pushed down a little, as in the paper.
     Limit: with reward=1, entropy=0, an infinite limit and no tokens shared by answers of both signs, the gradient of
       REINFORCE with centred rewards, a mean over rows of means over tokens.
+    Family: credit.
 
     Args:
       group_size: 8 to 12 in the paper.

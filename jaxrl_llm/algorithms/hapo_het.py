@@ -92,10 +92,10 @@ def hapo_het(
 
     Source: "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", 2509.16591, and its
       code.
-    Deviations: tokens are sampled at one temperature (the paper raises it where the entropy is high). The code divides
-      low log-entropies by their signed minimum, which makes them look high; here the sign is kept. Statistics are the
-      step's, not a micro-batch's.
+    Deviations: tokens are sampled at one temperature (the paper raises it where entropy is high). The code divides low
+      log-entropies by their signed minimum: they look high; here they do not. Statistics are the step's, not a part's.
     Limit: with widen=0, shift=0 and most=0 it is `dapo` with equal widths and the dual clip.
+    Family: credit.
 
     Args:
       group_size: 16 in the paper.  # 8: not in the paper

@@ -85,6 +85,7 @@ def hapo_history(
     Deviations: the history changes once a step, after all rewards; in the released code each process changes its own
       within the step. No repetition penalty, which is an option there. The weight of the divergence is `grpo`'s.
     Limit: with weight=0, and for prompts that were never solved, it is `grpo`.
+    Family: rewards and budgets.
 
     Args:
       group_size: 4 in the released code.

@@ -97,6 +97,7 @@ def harpg(
     Deviations: gradient and Hessian are those of `reinforce`, with the mean reward of the step as baseline. The
       constants of the step size are not known to us.
     Limit: eta=1 is stochastic gradient ascent with `reinforce`'s gradient, normalised or not.
+    Family: optimiser and structure.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -82,6 +82,7 @@ def hbpo(
       of the context, not of the response, so it is neither learnt nor counted. Without `sentences` no row is told its
       budget, which is not the method: they are token ids, and a recipe has no tokenizer. The loss is a token mean.
     Limit: with one budget that no row exceeds it is `grpo` with a constant added to a group's advantages.
+    Family: rewards and budgets.
 
     Args:
       each: rows of a budget; 4 of 16 in the paper.

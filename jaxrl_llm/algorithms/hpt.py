@@ -35,6 +35,7 @@ def hpt(
       code.
     Deviations: the entropy bonus has the denominator of the RL part, and is on its rows only.
     Limit: no prompt at or below the gate (gate below 0): `dr_grpo` without clipping; all of them: `sft`.
+    Family: supervised and mixed data.
 
     Args:
       group_size: own samples a prompt.

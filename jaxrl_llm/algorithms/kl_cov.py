@@ -38,6 +38,7 @@ def kl_cov(*, group_size: int = 8, share: float = 2e-4, weight: float = 1.0, min
       released code holds some token of it); no length punishment. The old log-probs are the sampler's: on-policy, where
       `|log r|` has its kink, the sign of a held token's divergence is that of rounding.
     Limit: with weight=0 it is the unclipped importance-weighted loss.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -34,6 +34,7 @@ def lite_ppo(*, group_size: int = 8, clip: float = 0.2, eps: float = 1e-6) -> Al
     Source: "Part I: Tricks or Traps? A Deep Dive into RL for LLM Reasoning", 2508.08221 (Lite PPO).
     Deviations: groups that a filter drops do not enter the deviation.
     Limit: with one group a batch it is `grpo` with kl=None and `token_mean`.
+    Family: policy gradient.
 
     Args:
       group_size: rollouts a prompt.

@@ -55,6 +55,7 @@ def mc_grpo(
       `(G + 1) / rows with an advantage`, which is left out. Where rows do not count and their number is even, the
       median is the lower of the two in the middle.
     Limit: with `per_group(center_scale)` and all rows in the loss it is `grpo` of one rollout more, `epochs` times.
+    Family: credit.
 
     Args:
       group_size: rows with a gradient, even: 2, 4 and 8 in the paper; one more is sampled.

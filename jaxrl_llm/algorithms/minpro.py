@@ -37,6 +37,7 @@ def minpro(*, group_size: int = 8, clip_low: float = 0.2, clip_high: float = 0.2
     Deviations: the order "minimum, times the token's own ratio, then clip" is our reading. The paper's data are two or
       more steps old; here the later mini-batches of a step are off-policy.
     Limit: with responses of one token it is `cispo` with the same widths and `token_mean`.
+    Family: objective and clipping.
 
     Args:
       group_size: responses a prompt.  # not in the paper

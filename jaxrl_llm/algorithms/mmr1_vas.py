@@ -86,6 +86,7 @@ def mmr1_vas(
       `refresh` steps; prompts are drawn from those of the step; diversity is distinct n-grams of tokens (the paper also
       has self-BLEU).
     Limit: with share=0 and candidates=1 it is `grpo`.
+    Family: sampling and curricula.
 
     Args:
       group_size: rollouts a prompt.

@@ -33,6 +33,7 @@ def mo_grpo_safe(
       regression model is not part of this library: pass rewards of your own. The default is a stand-in with two
       objectives, the verifier's outcome and whether the response ended by itself.
     Limit: with one objective of weight 1, the outcome, it is `grpo`; a common factor of the weights changes nothing.
+    Family: rewards and budgets.
 
     Args:
       group_size: 4 to 8 in the paper.

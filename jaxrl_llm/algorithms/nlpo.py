@@ -84,10 +84,10 @@ def nlpo(
     Behaviour and learner are both the policy renormalised over the copy's nucleus, which is renewed every few steps.
 
     Source: "Is Reinforcement Learning (Not) for Natural Language Processing", 2210.01241, NLPO, and its released code.
-    Deviations: the weight of the divergence stays what it is (theirs follows a target), nothing ends the epochs early,
-      and special tokens are allowed if `always` names them. Metrics of entropy and of the gap to the
-      sampler are the unrestricted policy's.
+    Deviations: the weight of the divergence stays what it is (theirs follows a target), no epoch ends early, special
+      tokens are allowed if `always` names them. Metrics of entropy and sampler gap are the unrestricted policy's.
     Limit: with mass=1 it is `ppo` with the same kl.
+    Family: optimiser and structure.
 
     Args:
       group_size: responses a prompt.

@@ -55,6 +55,7 @@ def npg_igt(
     Deviations: the gradient is `reinforce`'s, with the mean reward of the step as baseline. The constants of the
       step size are not known to us.
     Limit: eta=1 is normalised stochastic gradient ascent with `reinforce`'s gradient.
+    Family: optimiser and structure.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -44,6 +44,7 @@ def opmd(*, group_size: int = 8, temperature: float = 1.0, credit: Credit = minu
     Source: "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm", 2509.24203; Trinity-RFT's `opmd`.
     Deviations: a group of one has advantage 0 (the released code: its reward).
     Limit: with temperature near 0 it is REINFORCE with the group's mean as baseline and `token_mean`.
+    Family: objective and clipping.
 
     Args:
       group_size: 8 in the paper.

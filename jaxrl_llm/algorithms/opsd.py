@@ -42,6 +42,7 @@ def opsd(
       most 2048 tokens, and lets only the teacher think: settings of the run here. Not here: the variant that looks at
       the sampled token alone.
     Limit: with an empty solution and transition, and a reference equal to the policy, loss and gradient are 0.
+    Family: supervised and mixed data.
 
     Args:
       group_size: responses a prompt.

@@ -53,6 +53,7 @@ def ospo(
       training rollouts, not that of greedy ones. The divergence is estimated on the sampled tokens. Updates are passes
       over the batch, not random parts of a buffer; the learning rate's decay (0.99 a step) is the optimiser's.
     Limit: with one turn and fairness=0 its advantage is that of `grpo` with the population's deviation.
+    Family: credit.
 
     Args:
       group_size: agents; 1000 in the paper.  # 8: not in the paper

@@ -50,6 +50,7 @@ def p3o(
     Deviations: the gradient and the algorithm are the paper's; how V1 and V2 clip is the usual pessimistic form, as
       their exact form was not at hand. Larger groups use the mean over all pairs.
     Limit: at the old policy, with groups of two, the gradient of either is that of `rloo` with the same kl.
+    Family: preference.
 
     Args:
       group_size: 2 in the paper.

@@ -75,6 +75,7 @@ def papo(
       here: the smaller weight on incorrect rows, the restriction to some tokens, annealing.
     Limit: with weight=None and entropy=None, and where nothing is blanked with entropy=None, it is `grpo` with these
       widths and `token_mean`.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.

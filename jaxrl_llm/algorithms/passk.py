@@ -48,6 +48,7 @@ def passk(*, group_size: int = 8, k: int = 4, minibatches: int = 1) -> Algorithm
       2508.10751, analytical derivation.
     Deviations: a reward above 0.5 is right. Neither DAPO's dynamic sampling nor its length punishment takes part.
     Limit: with k=1 it is `grpo` with the population's deviation, kl=None and the loss of `dapo`.
+    Family: rewards and budgets.
 
     Args:
       group_size: samples a prompt.

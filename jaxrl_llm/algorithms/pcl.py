@@ -67,6 +67,7 @@ def pcl(*, group_size: int = 16, target: float = 0.5, candidates: int = 4, value
     Deviations: the value model is not a network of the policy's size but linear, in the shares of a prompt's tokens
       (what prompts have in common) and one weight a prompt (what they have not), and learns by plain gradient steps.
     Limit: with candidates=1 it is `grpo` with kl=None and `per_group(center)`.
+    Family: sampling and curricula.
 
     Args:
       group_size: 16 in the paper.

@@ -81,6 +81,7 @@ def pf_ppo(
       verl. The rank is that of the verifier's outcome. The choice of `chances` by how well they keep the reward's
       correlation with the truth is left to the user.
     Limit: with one response a prompt it is `ppo`.
+    Family: sampling and curricula.
 
     Args:
       group_size: responses a prompt; 5 in the paper.

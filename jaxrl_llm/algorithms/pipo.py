@@ -96,6 +96,7 @@ def pipo(
     Deviations: the window is of the steps before (in the released code also of this one, twice); the look back clips as
       PPO does (there: from above only); with `xi = 0` no optimiser step is taken. The critic's variant is not here.
     Limit: before `start` means are known it is `grpo` with `token_mean` and the same divergence.
+    Family: optimiser and structure.
 
     Args:
       group_size: responses a prompt.  # not in the paper

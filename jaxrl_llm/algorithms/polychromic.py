@@ -56,6 +56,7 @@ def polychromic(
     Deviations: written from a digest and a replication; the official code was not found. A step is a token. Advantages
       are not whitened. Which responses are the same is for the task to say; two are, here, if their tokens are.
     Limit: window=0 and kl=None is `ppo` without whitening.
+    Family: credit.
 
     Args:
       vines: p, states that are gone on from.

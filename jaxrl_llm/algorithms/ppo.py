@@ -36,6 +36,7 @@ def ppo(
       (2203.02155; 2005.12729 for value clipping and whitening).
     Deviations: the whole batch is scored once before the update, and never again between epochs.
     Limit: lam=1 and a critic that says 0 make the advantage the whitened reward-to-go of `reinforce_pp`.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt.

@@ -37,6 +37,7 @@ def ppo_max(
     Deviations: without the optional language-modelling loss on pre-training data, and without a buffer of earlier
       rollouts. The gradient's norm is clipped by the optimiser (`updates.optimizer.adamw` does).
     Limit: with the `verified` rewards, kl=None and critic_steps=0 it is `ppo` without the whitening.
+    Family: optimiser and structure.
 
     Args:
       group_size: responses a prompt.

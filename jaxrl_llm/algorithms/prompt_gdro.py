@@ -87,6 +87,7 @@ def prompt_gdro(
       bin. Not divided by the bin's share of the batch, which the released scripts do. Advantages are not clipped at 5,
       which groups of 4 do not reach.
     Limit: with eta=0 every weight is 1, and it is `grpo` with these clip widths.
+    Family: sampling and curricula.
 
     Args:
       group_size: rollouts a prompt.

@@ -78,6 +78,7 @@ def props(
     Deviations: control tasks and PPO there, groups of responses and `grpo` here, without its stop at a divergence of
       0.03. Data of earlier steps are forgotten, as by default in the released code.
     Limit: with rate=0 the behaviour policy is the policy: `grpo` with kl=None whose groups are drawn in parts.
+    Family: sampling and curricula.
 
     Args:
       group_size: responses a prompt.  # not in the paper

@@ -80,6 +80,7 @@ def rec(
       a step are off-policy.
     Limit: with gate=open_gate it is REINFORCE with the same advantage and aggregation; with weight=importance its
       gradient is that of PPO's clip.
+    Family: objective and clipping.
 
     Args:
       group_size: 8 in the paper.

@@ -19,6 +19,7 @@ def reinforce(*, group_size: int = 8) -> Algorithm:
     Deviations: the baseline is the mean of this step, not a running one (`advantages.baseline.running_mean` is that),
       so the gradient is too small by the factor `1 - 1/rows`.
     Limit: with the advantage slot of `rloo` it is `rloo` without the divergence.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt.  # not in the paper

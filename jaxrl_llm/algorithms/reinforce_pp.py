@@ -23,6 +23,7 @@ def reinforce_pp(*, group_size: int = 8, clip: float = 0.2, gamma: float = 1.0, 
       the root).
     Deviations: none known.
     Limit: with kl=None and gamma=1 the advantage is the whitened outcome, weighted by length.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt; 1 in the paper.  # 8: not in the paper, only B * G matters

@@ -22,6 +22,7 @@ def reinforce_pp_baseline(*, group_size: int = 8, clip: float = 0.2, kl: float |
     Source: 2501.03262 (REINFORCE++-baseline).
     Deviations: none known.
     Limit: with kl=None, and whitening left out, its gradient at the old policy is that of centred REINFORCE.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt, 4 to 16.

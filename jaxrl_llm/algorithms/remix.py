@@ -83,6 +83,7 @@ def remix(
     Deviations: no code was released. The mixture is of prompts with their whole groups, and a recalled group answers a
       prompt of its own step. The weights of divergence and entropy and the estimator are not known to us.
     Limit: with chance=0, epochs=1, floor=1 and no reincarnation it is `grpo`.
+    Family: supervised and mixed data.
 
     Args:
       group_size: responses a prompt.  # not in the paper

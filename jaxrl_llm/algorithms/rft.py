@@ -19,6 +19,7 @@ def rft(*, group_size: int = 8) -> Algorithm:
       solutions are not added. Responses are the same if their tokens are, not if their equations are. The paper samples
       at temperature 0.7.
     Limit: without repeated responses its gradient is, up to scale, REINFORCE with `A = R` in {0, 1}.
+    Family: supervised and mixed data.
 
     Args:
       group_size: 100 in the paper.  # 8: not in the paper

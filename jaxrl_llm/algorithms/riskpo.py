@@ -91,6 +91,7 @@ def riskpo(
       with tracked quantiles). The last bundle may be smaller. Widths of the clip and the aggregation are `grpo`'s.
     Limit: low=0, high=1 and tail=0 make a paper's credit linear in its score: the mean, without risk. With bundle=1
       it then is `grpo` with kl=None and the group's lowest reward in place of its mean.
+    Family: credit.
 
     Args:
       group_size: 10 in the paper.

@@ -64,6 +64,7 @@ def rl_plus(
     Deviations: divided by the number of rows as well as by the length, where the released code sums over rows; the
       entropy bonus has the same denominator.
     Limit: without demonstrations it is `dr_grpo` without clipping.
+    Family: supervised and mixed data.
 
     Args:
       group_size: rows a prompt, the demonstration included; at least 2, and 8 in the paper.

@@ -19,6 +19,7 @@ def rloo(*, group_size: int = 4, kl: float | None = 0.05) -> Algorithm:
       2402.14740. Whole responses are the actions: the loss sums over tokens.
     Deviations: a group of one has advantage 0 (there: no baseline).
     Limit: with kl=None it is `G / (G - 1)` times the centred rewards of `dr_grpo`.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt; the paper's k is 2 and 4.

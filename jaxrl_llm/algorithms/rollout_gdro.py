@@ -86,6 +86,7 @@ def rollout_gdro(
       so the price moves only with rows that could not be scored. Advantages are not clipped at 5, which these groups
       do not reach.
     Limit: with smallest and largest equal to group_size it is `grpo` with these clip widths.
+    Family: sampling and curricula.
 
     Args:
       group_size: mean over the prompts of a step.

@@ -82,6 +82,7 @@ def rover(
     Source: "Random Policy Valuation for Diverse Reasoning with Verifiable Rewards", 2509.24981, and its released code.
     Deviations: rewards are centred only, as in the paper (its mathematics script also divides by the deviation).
     Limit: at the old policy its gradient is twice that of REINFORCE with the centred reward and a token mean.
+    Family: objective and clipping.
 
     Args:
       group_size: 8 in the paper (5 on countdown).

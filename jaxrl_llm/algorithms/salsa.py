@@ -30,6 +30,7 @@ def salsa(
     Deviations: described only in part: the average and its share are the paper's, the numbers of PPO are not. One step
       is spent on the average.
     Limit: with share=0 the reference is the second model, with share=1 the first, as in `ppo` with kl.
+    Family: divergence and entropy.
 
     Args:
       group_size: responses a prompt.

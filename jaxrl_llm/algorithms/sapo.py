@@ -33,6 +33,7 @@ def sapo(*, group_size: int = 8, positive: float = 1.0, negative: float = 1.05, 
     Deviations: none known. At the old policy the loss is 2 / tau times the usual one in value, not in gradient.
     Limit: at the old policy its gradient is that of REINFORCE with the same advantage and aggregation; with both
       temperatures near 0 it is that of the unclipped ratio everywhere.
+    Family: objective and clipping.
 
     Args:
       group_size: responses a prompt.  # not in the paper

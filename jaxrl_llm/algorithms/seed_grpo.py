@@ -85,6 +85,7 @@ def seed_grpo(
     Deviations: known in part, without code. The entropy is divided by the logarithm of the number of rows that count,
       and clamped, as the paper's estimate has no bound. A response's likelihood is normalised by its length.
     Limit: with alpha=0 it is `dr_grpo`.
+    Family: credit.
 
     Args:
       group_size: responses a prompt; 16 in the paper's scaling table.

@@ -16,5 +16,6 @@ def sft() -> Algorithm:
     Source: 2203.02155, section 3.5, for the term; the loss is maximum likelihood.
     Deviations: none.
     Limit: its gradient is that of REINFORCE with `A = 1` and a token mean.
+    Family: supervised and mixed data.
     """
     return Algorithm(rollout=partial(logged, take=1), advantage=uniform, loss=NegativeLogLikelihood())

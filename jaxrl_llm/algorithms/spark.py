@@ -88,6 +88,7 @@ def spark(
     Deviations: the wording is token ids that the user gives. A judge's final answer is right if it is the label and at
       most one more token, the end. The second update is one optimiser step.
     Limit: with size=0 it is `grpo`.
+    Family: rewards and budgets.
 
     Args:
       group_size: responses a prompt, auxiliary ones included.

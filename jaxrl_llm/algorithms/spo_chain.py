@@ -84,6 +84,7 @@ def spo_chain(
     Deviations: probabilities are those the sampler used (after temperature and top-p), not those of the bare model.
     Limit: with a threshold above 1 and an interval as long as a response, it is the centred policy gradient of `grpo`,
       the baseline being the mean outcome of fresh samples instead of that of the group.
+    Family: credit.
 
     Args:
       group_size: G.

@@ -68,6 +68,7 @@ def spo_single_stream(
       undecided; there, from 8 responses a prompt (`from_samples`). It is kept as mean and count, which is the same and
       also holds for rewards outside 0 to 1. The loss is a mean over tokens.
     Limit: with an estimate of 0 for all prompts, rows of one token and equal clips it is `reinforce_pp` with kl=None.
+    Family: policy gradient.
 
     Args:
       clip_low: lower width.

@@ -88,6 +88,7 @@ def spo_tree(
     Source: "Segment Policy Optimization", 2505.23564, SPO-tree, and its released code.
     Deviations: as `spo_chain`. A step holds the groups of `age` steps, the first of which are new.
     Limit: branch=(G,) and age=1 is `spo_chain` of groups of G with one segment a row, valued by the group's mean.
+    Family: credit.
 
     Args:
       branch: children of a node at each depth.

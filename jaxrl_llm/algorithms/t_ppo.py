@@ -82,6 +82,7 @@ def t_ppo(
     Deviations: written from the abstract and reviews, which describe the method only in part. Whitening, the clipped
       critic's loss and its weight are those of `ppo`. One response a prompt.
     Limit: with a window as long as the budget its policy loss is that of `ppo`.
+    Family: sampling and curricula.
 
     Args:
       window: tokens of a row a step; a third of the budget if None.  # not in the paper

@@ -85,6 +85,7 @@ def treepo(
       budget, not at repetitions nor at a boxed answer. Rows that are begun again are taken in order, and beginnings
       that rows share are encoded again at each segment (but sampled once). No dual clip.
     Limit: rows that share nothing make `reinforce_pp_baseline` with the clip, rewards and filter of `dapo`.
+    Family: credit.
 
     Args:
       group_size: finished responses a prompt.

@@ -82,6 +82,7 @@ def urpa(
       well-formed (`credit=center_scale` is the paper's). Predictions that cannot be read have no part in the label.
       The phase before, on labelled data with widened labels, is not here.
     Limit: with form=1 and weight=0 it is `grpo` with the same credit.
+    Family: rewards and budgets.
 
     Args:
       group_size: responses a prompt.

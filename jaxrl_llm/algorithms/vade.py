@@ -52,6 +52,7 @@ def vade(*, group_size: int = 8, candidates: int = 4, decay: float = 0.99, visit
     Deviations: the account used here is partial: the two decays are not the authors'. Prompts are chosen from those
       drawn for the step, not from the whole data set.
     Limit: with candidates=1 it is `grpo`; with both decays 1 the posterior is that of independent trials.
+    Family: sampling and curricula.
 
     Args:
       group_size: rollouts a prompt.

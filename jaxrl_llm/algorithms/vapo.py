@@ -70,6 +70,7 @@ def vapo(
     Deviations: as `vc_ppo`; advantages are whitened, as there. For rows of `1 / alpha` tokens or fewer the formula's
       lambda is negative, and `floor` takes its place.
     Limit: alpha=inf is lam=1; with imitation=None and equal widths it is then `vc_ppo` with that lam.
+    Family: policy gradient.
 
     Args:
       group_size: 16 in the paper, with 512 prompts.

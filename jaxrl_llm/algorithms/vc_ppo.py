@@ -36,6 +36,7 @@ def vc_ppo(
     Deviations: value pretraining is the first steps of the run, with fresh samples of the policy at rest, and counted,
       not stopped when the explained variance is stable.
     Limit: value_lam equal to lam and pretraining=0 is `ppo`.
+    Family: policy gradient.
 
     Args:
       group_size: responses a prompt.  # not in the paper

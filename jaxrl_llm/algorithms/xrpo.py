@@ -80,9 +80,10 @@ def xrpo(
     """`grpo` that spends its rollouts where they say most, helps where all fail, and pays unlikely right answers more.
 
     Source: XRPO, 2510.06672.
-    Deviations: known only in part; the form of the exploration bonus is inferred. Similarity is that of token counts,
-      not a text encoder's; the corpus holds one solution a question. Seeded responses are learnt after their examples.
+    Deviations: known only in part; the bonus's form is inferred. Similarity is of token counts, not of an encoder.
+      The corpus holds one solution a question. Seeded responses are learnt after their examples.
     Limit: with base=group_size, rounds=0 and sharpen=0 it is `grpo` with the same kl.
+    Family: sampling and curricula.
 
     Args:
       group_size: responses a prompt, on average.
@@ -93,9 +94,8 @@ def xrpo(
       most: responses to a prompt in a round.  # not in the paper
       alpha: 1 minus the level of the confidence interval.
       bonus: for prompts that were asked little.  # not in the paper
-      seeds: examples before the later responses to a prompt whose first ones all failed.
-      sharpen: lambda, of the bonus for unlikely right responses.
-      sharpen_most: kappa, its bound as a share of the advantage.
+      seeds: examples before later responses where the first ones all failed.
+      sharpen, sharpen_most: lambda of the bonus for unlikely right responses, and kappa, its bound in advantages.
       corpus: solved questions that are remembered.  # not in the paper
       embed: `(Context [N S]) -> [N D]`, of length 1.
       between: token ids after each example.  # not in the paper
