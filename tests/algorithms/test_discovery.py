@@ -6,12 +6,42 @@ import pytest
 
 from jaxrl_llm import algorithms
 from jaxrl_llm.algorithm import Algorithm, describe
+from jaxrl_llm.algorithms.spark import LABELS
 
-OTHER = {"group_size": 3, "rounds": 4, "limit": 40, "cache": 7, "minibatches": 5, "epochs": 7, "max_length": 11}
-OTHER |= {"age": 3, "completions": 4, "edges": 9, "first": 5, "interval": 7, "members": 3, "oversample": 3}
-OTHER |= {"pretraining": 9, "segment": 9, "sets": 3, "size": 6, "vines": 3, "whitened": False, "window": 9}
-# Where a value above would not do.
-OF_METHOD = {"spo_tree": {"branch": (3, 2)}, "treepo": {"branch": 3, "group_size": 9}}
+# Sizes that default to the budget, and tuples no other value can be guessed for.
+OTHER = {"limit": 40, "cache": 7, "max_length": 11, "between": (3,), "marker": (3,), "window": 9}
+OF_METHOD = {
+    "drive": {"steps": (32, 64, 16), "keep": (72, 50, 20)},
+    "hbpo": {"budgets": (512, 1024, 2048, 4096), "sentences": ((1,), (2,), (3,), (4,))},
+    "props": {"group_size": 10, "rounds": 3},
+    "rollout_gdro": {"smallest": 3, "largest": 9},
+    "spark": {"words": LABELS._replace(right=(7,))},
+    "spo_tree": {"branch": (3, 2)},
+    "xrpo": {"group_size": 18, "rounds": 4, "base": 10},
+}
+
+
+def others(name, parameter):
+    """Values unlike the default, of its kind: integers are sizes, and not every size fits the others."""
+    default = parameter.default
+    given = OTHER | OF_METHOD.get(name, {})
+    if parameter.name in given:
+        return [given[parameter.name]]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        sizes = (default + 1, 2 * default, default - 1, default // 2, default + 8)
+        return [n for n in sizes if n != default]
+    return [0.123]
+
+
+def first_that_fits(function, parameter, values):
+    for value in values:
+        try:
+            return function(**{parameter.name: value})
+        except ValueError as error:
+            refused = error
+    raise refused
 
 
 def test_names_and_load():
@@ -43,8 +73,8 @@ def test_no_argument_is_silently_ignored(name):
         assert parameter.kind is parameter.KEYWORD_ONLY, f"{name}({parameter.name}) must be keyword-only"
         if callable(parameter.default):
             continue
-        other = (OTHER | OF_METHOD.get(name, {})).get(parameter.name, 0.123)
-        assert describe(function(**{parameter.name: other})) != describe(function()), f"{name} ignores {parameter.name}"
+        other = first_that_fits(function, parameter, others(name, parameter))
+        assert describe(other) != describe(function()), f"{name} ignores {parameter.name}"
 
 
 @pytest.mark.parametrize("name", algorithms.names())
