@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxrl_llm.algorithm import roles_of
 from jaxrl_llm.models.heads import hidden_states
-from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.model import Model, separate_prefixes
 from jaxrl_llm.rollouts.distribution import log_prob
 from jaxrl_llm.rollouts.sampler import sample
 from jaxrl_llm.types import PyTree, Rollouts, Samples, Sampling, Scores, masked
@@ -43,7 +43,9 @@ class Policy:
     width: int = 0
 
 
-def language_model(model: Model, *, slots: int | None = None, logits_bytes: int = 2**30) -> Policy:
+def language_model(
+    model: Model, *, slots: int | None = None, logits_bytes: int = 2**30, share_prefix: bool = True
+) -> Policy:
     """An autoregressive policy.
 
     Args:
@@ -51,13 +53,17 @@ def language_model(model: Model, *, slots: int | None = None, logits_bytes: int 
       slots: rows that decode at once, refilled as they finish; `None` decodes all rows together.
       logits_bytes: scores whose float32 logits take more are computed in chunks of about this many bytes of logits (a
           gradient holds a few arrays of that size), and each chunk's logits a second time for the gradient.
+      share_prefix: scores encode a context once for all rows that share it (Prefix Grouper, 2506.05433); `False`: once
+          for each row. Changes cost, not the result. A critic with a trunk of its own is told by its own model:
+          `critic(separate_prefixes(model))`.
     """
+    scored = model if share_prefix else separate_prefixes(model)
     return Policy(
         vocab=model.vocab,
         init=model.init,
         sample=functools.partial(sample, model, slots=slots),
-        score=functools.partial(score, model, logits_bytes=logits_bytes),
-        hidden=functools.partial(hidden_states, model),
+        score=functools.partial(score, scored, logits_bytes=logits_bytes),
+        hidden=functools.partial(hidden_states, scored),
         width=model.width,
     )
 

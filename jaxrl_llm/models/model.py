@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -66,3 +68,21 @@ def inputs_of(last: Array, tokens: Array, attended: Array) -> Array:
     tokens = jnp.where(attended, tokens, 0)
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
     return jnp.concatenate([first, tokens[..., :-1]], axis=-1)
+
+
+def separate_prefixes(model: Model) -> Model:
+    """The model with `hidden` in the plain layout: every response behind a copy of its own of the prefix.
+
+    The same hidden states and gradients for more work, to compare with (Prefix Grouper, 2506.05433). Sampling still
+    encodes a context once.
+    """
+    return dataclasses.replace(model, hidden=functools.partial(_separate, model.hidden))
+
+
+def _separate(
+    hidden: Callable[..., Array], params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array
+) -> Array:
+    m, r, t = inputs.shape
+    prefix, offset = jax.tree.map(lambda x: jnp.repeat(x, r, axis=0), (prefix, offset))
+    out = hidden(params, prefix, offset, inputs.reshape(m * r, 1, t), attended.reshape(m * r, 1, t))
+    return out.reshape(m, r, t, -1)
