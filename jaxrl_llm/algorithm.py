@@ -34,7 +34,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 
 # Whose logits a measure may ask for.
-ROLES = ("old", "reference", "teacher", "elsewhere", "lagged")
+ROLES = ("old", "reference", "teacher", "elsewhere", "lagged", "inner")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Algorithm:
         `(logits [... V], tokens [...], hidden [... D])` gives `[...]` or `[... n]`. Keyword-only arguments without
         default ask for the logits of a role at the same places: "old" (the policy before the update), "reference" and
         "teacher" (the reference after `rollouts.teacher`) and "lagged" (a copy of the policy that the `update` renews,
-        see `updates.lagged`) without gradient, "elsewhere" (the current policy after `rollouts.teacher`) with.
+        see `updates.lagged`) without gradient, "elsewhere" (the current policy after `rollouts.teacher`) and "inner"
+        (the current policy cut off after the layer that the measure's argument `layer` is bound to, without final
+        norm) with.
 
     Each slot takes a plain function, a `Stage` (a function with memory) or a `chain` of them.
 
@@ -94,6 +96,7 @@ class Algorithm:
                     f"measure {name!r} has the keyword-only argument {unknown[0]!r}: bind it with functools.partial, "
                     f"or name a role ({', '.join(ROLES)})"
                 )
+        layer_of(self.measures)
 
 
 def chain(*stages: Callable[..., Any] | Stage) -> Chain:
@@ -114,6 +117,19 @@ def roles_of(measure: Callable[..., Array]) -> frozenset[str]:
         for p in inspect.signature(measure).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty
     )
+
+
+def layer_of(measures: dict[str, Callable[..., Array]]) -> int | None:
+    """The layer whose logits some of the measures ask for.
+
+    Raises:
+      TypeError: they do not bind `layer` to one int.
+    """
+    asking = [inspect.signature(m).parameters for m in measures.values() if "inner" in roles_of(m)]
+    layers = {p["layer"].default if "layer" in p else None for p in asking}
+    if len(layers) > 1 or not all(isinstance(layer, int) for layer in layers):
+        raise TypeError("measures that ask for 'inner' must bind one int: functools.partial(measure, layer=...)")
+    return next(iter(layers), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxrl_llm import accumulate as micro
 from jaxrl_llm import metrics as measure
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithm import Algorithm, numbers, with_numbers
+from jaxrl_llm.algorithm import Algorithm, layer_of, numbers, with_numbers
 from jaxrl_llm.models.heads import Critic
 from jaxrl_llm.needs import BATCH_SLOTS, Loss, Needs, keys_of, needs_of, of_recipe, stages_of
 from jaxrl_llm.policy import Policy
@@ -257,7 +257,8 @@ def learner(
 
     def others(state: TrainState, now: dict[str, PyTree], part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
         """Parameters and hidden states of the roles whose logits the recipe's measures ask for."""
-        models = {"old": state.params["policy"], "elsewhere": now["policy"], "lagged": state.params.get("lagged")}
+        now_and_then = {"elsewhere": now["policy"], "inner": now["policy"], "lagged": state.params.get("lagged")}
+        models = {"old": state.params["policy"], **now_and_then}
         found = {}
         for role in sorted(needs.others):
             rollouts, params = part.rollouts, models.get(role, state.params.get("reference"))
@@ -265,8 +266,9 @@ def learner(
                 if rollouts.teacher is None:
                     raise ValueError(f"a measure asks for {role!r}, and the rollout slot set no rollouts.teacher")
                 rollouts = dataclasses.replace(rollouts, context=rollouts.teacher)
-            params = params if role == "elsewhere" else jax.lax.stop_gradient(params)
-            found[role] = params, policy.hidden(params, rollouts)
+            params = params if role in ("elsewhere", "inner") else jax.lax.stop_gradient(params)
+            layer = {"layer": layer_of(algorithm.measures)} if role == "inner" else {}
+            found[role] = params, policy.hidden(params, rollouts, **layer)
         return found
 
     def with_roles(batch: Batch, params: dict[str, PyTree], needs: Needs, recipe: Algorithm) -> Batch:

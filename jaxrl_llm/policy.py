@@ -31,7 +31,8 @@ class Policy:
         within) -> Samples [B G T]`.
     score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
         responses under `rollouts.context` and `rollouts.sampling`; see `score`.
-    hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles.
+    hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles; with the keyword `layer` that of
+        an inner layer.
     width: `D`.
     """
 
@@ -39,7 +40,7 @@ class Policy:
     init: Callable[[Array], PyTree]
     sample: Callable[..., Samples]
     score: Callable[..., Scores]
-    hidden: Callable[[PyTree, Rollouts], Array]
+    hidden: Callable[..., Array]
     width: int = 0
 
 

@@ -72,14 +72,20 @@ def _init_both(model: Model, key: Array) -> PyTree:
     return {"trunk": model.init(trunk), "head": _init_head(model.width, head)}
 
 
-def hidden_states(model: Model, params: PyTree, rollouts: Rollouts, *, after: bool = False) -> Array:
+def hidden_states(
+    model: Model, params: PyTree, rollouts: Rollouts, *, after: bool = False, layer: int | None = None
+) -> Array:
     """Final hidden states `[B G T D]` before each response token; `after` adds the one after the last, `[B G T+1 D]`.
 
-    A context is encoded once for the `G / C` responses that share it. Arbitrary at padding.
+    With `layer`, those that this layer leaves, without the final norm. A context is encoded once for the `G / C`
+    responses that share it. Arbitrary at padding.
 
     Raises:
-      ValueError: the contexts do not divide the group.
+      ValueError: the contexts do not divide the group; there is no such layer.
     """
+    if layer is not None and model.inner is None:
+        raise ValueError(f"layer {layer} was asked for, and this model shows no layers (Model.inner)")
+    states = model.hidden if layer is None or model.inner is None else functools.partial(model.inner, layer=layer)
     (b, g, t), (contexts, s) = rollouts.tokens.shape, rollouts.context.tokens.shape[1:]
     if g % contexts:
         raise ValueError(f"rollouts.context has {contexts} contexts for groups of {g}: it must be 1 or the group size")
@@ -90,7 +96,7 @@ def hidden_states(model: Model, params: PyTree, rollouts: Rollouts, *, after: bo
         tokens, attended = jnp.pad(tokens, more), jnp.pad(attended, more)
     context = Context(tokens=rollouts.context.tokens.reshape(-1, s), mask=rollouts.context.mask.reshape(-1, s))
     prefix, offset, last = prefix_of(context)
-    hidden = model.hidden(params, prefix, offset, inputs_of(last, tokens, attended), attended)
+    hidden = states(params, prefix, offset, inputs_of(last, tokens, attended), attended)
     return hidden.reshape(b, g, *hidden.shape[2:])
 
 

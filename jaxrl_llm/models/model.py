@@ -27,6 +27,8 @@ class Model:
     init: `(key) -> params`.
     hidden: `(params, prefix: Context [M S], offset [M], inputs [M R T], attended [M R T]) -> [M R T D]`, the final
         hidden states; `offset` is the prefix length, the position of input 0.
+    inner: as `hidden`, with the keyword `layer` (from 0): what that layer leaves to the next, without the final norm;
+        None if the model has no layers to look into.
     logits: `(params, hidden [... D]) -> [... V]` float32.
     prefill: `(params, prefix: Context [M S]) -> Cache`, encodes the prefixes; `M` leads every leaf. `S` may be 0.
     decoder: `(params) -> PyTree`, what `decode` wants instead of `params`: cast and sliced once per generation.
@@ -46,6 +48,7 @@ class Model:
     decoder: Callable[[PyTree], PyTree]
     empty: Callable[[int, int, int], Cache]
     decode: Callable[..., tuple[Array, Cache]]
+    inner: Callable[..., Array] | None = None
 
 
 def prefix_of(context: Context) -> tuple[Context, Array, Array]:

@@ -156,7 +156,9 @@ def transformer(config: TransformerConfig) -> Model:
         one = jnp.zeros((1, 1), jnp.int32)
         return bind(_attend_self).init(key, one, one, one == 0, method="everything")["params"]
 
-    def hidden(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array) -> Array:
+    def inner(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array, *, layer: int) -> Array:
+        if not 0 <= layer < c.num_hidden_layers:
+            raise ValueError(f"layer must be in [0, {c.num_hidden_layers - 1}] in this model, got {layer}")
         m, r, t = inputs.shape
         s = prefix.tokens.shape[-1]
         tokens = jnp.concatenate([prefix.tokens, inputs.reshape(m, r * t)], axis=1)
@@ -170,9 +172,16 @@ def transformer(config: TransformerConfig) -> Model:
         # Input t carries token t - 1: it exists if that token does, and the context's last token always does.
         exists = jnp.concatenate([jnp.ones((m, r, 1), bool), attended[..., :-1]], axis=-1)
         own = jnp.tril(jnp.ones((t, t), bool)) & exists[:, :, None, :]
-        model = bind(functools.partial(_attend_group, responses=r))
+        few = dataclasses.replace(c, num_hidden_layers=layer + 1)
+        model = Transformer(few, functools.partial(_attend_group, responses=r))
+        if few != c:
+            params = {**params, "layers": jax.tree.map(lambda x: x[: layer + 1], params["layers"])}
         x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own))
-        out: Any = model.apply({"params": params}, x[:, s:].reshape(m, r, t, -1), method="final")
+        return jnp.asarray(x)[:, s:].reshape(m, r, t, -1)
+
+    def hidden(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array) -> Array:
+        x = inner(params, prefix, offset, inputs, attended, layer=c.num_hidden_layers - 1)
+        out: Any = bind(_attend_self).apply({"params": params}, x, method="final")
         return jnp.asarray(out)
 
     def logits(params: PyTree, hidden: Array) -> Array:
@@ -232,6 +241,7 @@ def transformer(config: TransformerConfig) -> Model:
         width=c.hidden_size,
         init=init,
         hidden=hidden,
+        inner=inner,
         logits=logits,
         prefill=prefill,
         decoder=decoder,

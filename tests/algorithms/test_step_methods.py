@@ -8,19 +8,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_llm import world as outside
 from jaxrl_llm.algorithms import deep_ga, harpg, load, pipo
+from jaxrl_llm.engine import learner
 from jaxrl_llm.losses.aggregate import token_mean
-from jaxrl_llm.losses.surrogates import clip_min, dual_clip
+from jaxrl_llm.losses.surrogates import dual_clip
+from jaxrl_llm.models.heads import hidden_states
+from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.policy import language_model
 from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_prompts, whole_step
 from jaxrl_llm.types import Learn, Problem, Sampling, Scores, World
 from jaxrl_llm.updates import momentum
 from jaxrl_llm.updates.passes import several_passes
 
 KEY = jax.random.key(0)
-CLIP = partial(clip_min, low=0.2, high=0.2)
 
 
 def table(params, batch):
@@ -448,3 +452,103 @@ def test_deep_ga_without_mutation_changes_nothing():
 def test_deep_ga_sizes_must_fit(options):
     with pytest.raises(ValueError, match=r"parents must be in \[1, 64\] and candidates in \[2, 65\]"):
         load("deep_ga", **options)
+
+
+# --- BuPO -----------------------------------------------------------------------------------------------------------
+
+DUAL = {"aggregate": token_mean, "surrogate": partial(dual_clip, low=0.2, high=0.2, bound=10.0)}
+
+
+def with_inner(scores, batch):
+    """Scores that know the log-probs of an inner policy too."""
+    other = jax.random.normal(jax.random.key(9), batch.mask.shape)
+    fill = jnp.where(batch.mask, scores.logp + 0.3 * other, scores.logp)
+    return dataclasses.replace(scores, extras={"inner_logp": fill}), batch
+
+
+@pytest.mark.parametrize("fill", [0.0, jnp.nan])
+def test_bupo_is_grpo_of_the_inner_policy_and_then_of_the_whole(fill):
+    scores, batch = with_inner(*random_batch(jax.random.key(11), fill=fill))
+    parent, child = changed("grpo", kl=None, loss=DUAL), load("bupo", steps=3)
+    assert not load("bupo", steps=0).loss.keywords["steps"]
+    for step, logp in ((0, scores.extras["inner_logp"]), (2, scores.extras["inner_logp"]), (3, scores.logp)):
+        now = whole_step(child.loss, scores, dataclasses.replace(prepare(parent, batch), step=jnp.array(step)))
+
+        def loss(logp, inner, now=now):
+            return child.loss(Scores(logp=logp, extras={"inner_logp": inner}), now)[0]
+
+        value, slopes = jax.value_and_grad(loss, (0, 1))(scores.logp, scores.extras["inner_logp"])
+        want = evaluate(parent.loss, Scores(logp=logp), now)
+        np.testing.assert_allclose(value, want.value, rtol=1e-6)
+        np.testing.assert_allclose(slopes[step < 3], want.coefficient / now.mask.sum(), rtol=1e-5, atol=1e-8)
+        assert not slopes[step >= 3].any() and want.coefficient.any()
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_bupo_ratios_begin_at_one(step):
+    """The inner policy's log-prob is half that of the whole."""
+    algorithm = load("bupo", group_size=4, steps=1)
+
+    def score(params, batch):
+        return Scores(logp=params[batch.prompts.index], extras={"inner_logp": 0.5 * params[batch.prompts.index]})
+
+    _, batch = random_batch(jax.random.key(11))
+    batch = dataclasses.replace(prepare(algorithm, batch), step=jnp.array(step))
+    params = batch.rollouts.logp
+    fake = fake_learn(algorithm.loss, score)
+    got = algorithm.update(KEY, ({"policy": params}, {}), batch, fake)[0][0]["policy"]
+    reinforce = -jnp.where(batch.mask, batch.advantage, 0) / batch.mask.sum()
+    np.testing.assert_allclose(got, params - 0.5 * reinforce * (0.5 if step == 0 else 1), rtol=1e-5, atol=1e-6)
+
+
+def layers(number):
+    return transformer(
+        TransformerConfig(
+            vocab_size=100,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=number,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def test_inner_layers_of_a_transformer():
+    model, rollouts = layers(2), toy_batch(logp=jnp.zeros((2, 2, 3))).rollouts
+    params = model.init(KEY)
+    last = hidden_states(model, params, rollouts, layer=1)
+    rms = jnp.sqrt(jnp.mean(last**2, -1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(last / rms, hidden_states(model, params, rollouts), rtol=1e-5)
+    first = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    want = hidden_states(layers(1), first, rollouts, layer=0)
+    np.testing.assert_allclose(hidden_states(model, params, rollouts, layer=0), want, rtol=1e-5)
+    assert not np.allclose(want, last)
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 1\] in this model, got 2"):
+        hidden_states(model, params, rollouts, layer=2)
+    with pytest.raises(ValueError, match="this model shows no layers"):
+        hidden_states(dataclasses.replace(model, inner=None), params, rollouts, layer=0)
+
+
+def test_bupo_leaves_upper_layers_alone_at_first(letters):
+    model = layers(2)
+    algorithm = load("bupo", group_size=8, layer=0, steps=1)
+    parts = learner(algorithm, policy=language_model(model), task=letters, prompts_per_step=2, optimizer=optax.sgd(1.0))
+    state, step = parts.init(jax.random.key(1)), jax.jit(parts.step)
+    for moves in (False, True):
+        old, (state, metrics) = state.params["policy"], step(state)
+        changed = jax.tree.map(lambda a, b: np.asarray(a != b), old, state.params["policy"])
+        assert 0 < metrics["reward/mean"] < 1
+        assert all(x[0].any() for x in jax.tree.leaves(changed["layers"]))
+        assert all(x[1].any() == moves for x in jax.tree.leaves(changed["layers"]))
+        assert changed["norm"]["scale"].any() == moves and changed["lm_head"].any() and changed["embed"].any()
+
+
+def test_bupo_needs_one_inner_layer():
+    recipe = load("bupo", layer=3)
+    with pytest.raises(TypeError, match="must bind one int"):
+        dataclasses.replace(recipe, measures={**recipe.measures, "other": load("bupo", layer=4).measures["inner_logp"]})
+    with pytest.raises(ValueError, match="layer and steps must not be negative, got -1 and 30"):
+        load("bupo", layer=-1)

@@ -23,6 +23,7 @@ SMALL: dict[str, dict] = {
     "vc_ppo": {"pretraining": 1},
     # The toy policy starts at random, above the entropy that the paper's filter allows.
     "gtpo": {"limit": 10.0},
+    "bupo": {"layer": 0, "steps": 1},  # the model has no more
     "deep_ga": {"population": 32, "sigma": 0.3},  # the paper's is for many more generations
     "harpg": {"gamma": partial(constant, value=0.2)},  # of a length that 60 steps can go far with
     "npg_igt": {"gamma": partial(constant, value=0.2)},

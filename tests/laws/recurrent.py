@@ -23,6 +23,9 @@ def recurrent(vocab: int, *, width: int = 8) -> Model:
         past = prefill(params, prefix)[:, None, None] + jnp.cumsum(params["past"][inputs], -2)
         return jnp.tanh(params["now"][inputs] + past)
 
+    def inner(params, prefix, offset, inputs, attended, *, layer):
+        return params["now"][inputs]
+
     def decode(params, prefix, mask, cache, offset, inputs, t, column=None):
         begins = jnp.broadcast_to(t == 0, inputs.shape)[..., None]
         past = jnp.where(begins, prefix[:, None], cache) + params["past"][inputs]
@@ -33,6 +36,7 @@ def recurrent(vocab: int, *, width: int = 8) -> Model:
         width=width,
         init=init,
         hidden=hidden,
+        inner=inner,
         logits=lambda params, hidden: hidden @ params["out"],
         prefill=prefill,
         decoder=lambda params: params,
