@@ -1,0 +1,429 @@
+"""Ablations: arms over seeds, each arm's learning rate found in the same way, effects with their intervals.
+
+An experiment is a file whose docstring holds the command, the time, the claim and the number the paper reported, and
+whose `STUDY` says which arms are compared by what. `main(__doc__, __file__, STUDY)` runs all seeds of an arm as one
+compiled program (`vmap` over whole runs), and writes `results/NAME.{json,md,png}`.
+
+    python experiments/NAME.py [--smoke] [--seeds 6] [--out FOLDER]
+
+The protocol, the same for every arm: start from the same half-trained policies (one a seed: supervised on right and
+wrong answers in equal parts, so that RL chooses), train with each of the study's learning rates on tuning seeds, take
+the best, train on the study's own seeds, evaluate on held-out problems. A comparison is paired by seed; its interval is
+the 95 % percentile bootstrap of the mean difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxrl_llm
+from jaxrl_llm import tasks
+from jaxrl_llm.advantages.basic import uniform
+from jaxrl_llm.algorithm import Algorithm
+from jaxrl_llm.engine import learner
+from jaxrl_llm.losses.likelihood import NegativeLogLikelihood
+from jaxrl_llm.models.heads import value_head
+from jaxrl_llm.models.transformer import TransformerConfig, transformer
+from jaxrl_llm.policy import Policy, language_model
+from jaxrl_llm.rollouts.logged import logged
+from jaxrl_llm.run import run
+from jaxrl_llm.tasks.task import Task
+from jaxrl_llm.types import PyTree, Sampling
+from jaxrl_llm.updates.optimizer import adamw
+
+RESULTS = Path(__file__).parent / "results"
+VERDICTS = Path(jaxrl_llm.__file__).parent / "data" / "verdicts.json"
+TUNING = 1000  # seeds from here on find learning rates and nothing else
+TESTED = 128  # held-out problems
+DRAWS = 16  # samples of each
+Curves = Mapping[str, np.ndarray]  # [seeds, steps] by metric
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train.
+
+    recipe: the method.
+    options: of `learner`.
+    steps: of its own, if the paper's point is another budget.
+    rates: of its own, if the rate is the paper's point.
+    first: a recipe that trains before, and for how many of the steps.
+    """
+
+    recipe: Algorithm
+    first: tuple[Algorithm, int] | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: int | None = None
+    rates: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an arm's seeds gave. Values are `[seeds]`, curves `[seeds, steps]`."""
+
+    rate: float
+    values: dict[str, np.ndarray]
+    curves: dict[str, np.ndarray]
+    seconds: float = 0.0
+
+    def late(self, metric: str, share: float = 0.1) -> np.ndarray:
+        """`[seeds]`: the mean of the last part of a training curve."""
+        curve = self.curves[metric]
+        return curve[:, -max(1, int(share * curve.shape[1])) :].mean(1)
+
+    def mean(self, metric: str) -> np.ndarray:
+        """`[seeds]`: the mean over all of training."""
+        return self.curves[metric].mean(1)
+
+    def steps_to(self, metric: str, target: float, window: int = 10) -> np.ndarray:
+        """`[seeds]`: the first step at which the mean of `window` steps reaches `target`; one more than all if none."""
+        curve = self.curves[metric]
+        smooth = np.stack([np.convolve(row, np.ones(window) / window, "valid") for row in curve])
+        reached = smooth >= target
+        return np.where(reached.any(1), reached.argmax(1) + window, curve.shape[1] + 1).astype(float)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`arm` against `base` by `value`, a name in `Outcome.values` or a function of the outcome.
+
+    effect: `(outcomes by arm) -> [seeds]` instead, where two arms do not say it.
+    sign: +1 if the paper claims more, -1 if less.
+    margin: the effect must be beyond it; with the other sign it says "not worse by more than".
+    main: whether the study's verdict depends on it.
+    """
+
+    text: str
+    arm: str = ""
+    base: str = ""
+    value: str | Callable[[Outcome], np.ndarray] = "accuracy"
+    effect: Callable[[Mapping[str, Outcome]], np.ndarray] | None = None
+    margin: float = 0.0
+    sign: int = 1
+    main: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Arms, how they are trained, and what is compared.
+
+    task: `tasks.load` name and options.
+    warm: supervised steps before.
+    choose: by what the learning rate is chosen (higher is better), on the tuning seeds.
+    columns: values and `late` curves shown in the table.
+    picture: the metric that is drawn, step by step.
+    extra: more values of an arm, `(arm name, Outcome) -> {name: [seeds]}`.
+    """
+
+    arms: Mapping[str, Arm]
+    comparisons: tuple[Comparison, ...]
+    methods: tuple[str, ...]
+    task: tuple[str, Mapping[str, Any]] = ("sorting", {"shortest": 3, "longest": 4, "symbols": "abcd"})
+    width: int = 32
+    warm: int = 600
+    steps: int = 300
+    prompts: int = 16
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    choose: str = "accuracy"
+    columns: tuple[str, ...] = ("accuracy", "pass@8", "entropy")
+    picture: str = "reward/mean"
+    extra: Callable[[str, Outcome], Mapping[str, np.ndarray]] | None = None
+    draw: Callable[[Any, Mapping[str, Outcome]], None] | None = None
+
+
+def main(doc: str, file: str, study: Study, arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs a study from the command line and writes its results."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="two seeds, two steps: does it run?")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    name = Path(file).stem
+    if args.smoke:
+        study = dataclasses.replace(
+            study,
+            steps=2,
+            warm=2,
+            rates=study.rates[:1],
+            arms={key: dataclasses.replace(arm, steps=arm.steps and 2) for key, arm in study.arms.items()},
+        )
+    start = time.perf_counter()
+    found = compare(study, seeds=2 if args.smoke else args.seeds)
+    result = {
+        "experiment": name,
+        **{key: field(doc, key) for key in ("Claim", "Reported")},
+        "methods": list(study.methods),
+        "seeds": 2 if args.smoke else args.seeds,
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        **summary(study, found),
+    }
+    write(args.out, name, study, found, result)
+    if args.out == RESULTS:
+        write_verdicts()
+    print(table(study, result))
+    return result
+
+
+def field(doc: str, title: str) -> str:
+    """The text after `title:` in a docstring, up to the next blank line or title."""
+    match = re.search(rf"^{title}:\s*(.*?)(?=\n\s*\n|\n[A-Z][a-z]+:|\Z)", doc, flags=re.S | re.M)
+    if match is None:
+        raise ValueError(f"the experiment's docstring has no {title}:")
+    return " ".join(match[1].split())
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def compare(study: Study, *, seeds: int) -> dict[str, Outcome]:
+    """Every arm's outcome."""
+    kind, options = study.task
+    task = tasks.load(kind, **options)
+    policy, critic = small_policy(task, study.width)
+    start = warm_start(policy, task, study.warm, seeds)
+    found = {}
+    for name, arm in study.arms.items():
+        begun = time.perf_counter()
+        found[name] = of_arm(study, arm, policy, critic, task, start, seeds)
+        if study.extra is not None:
+            more = {key: np.asarray(x) for key, x in study.extra(name, found[name]).items()}
+            found[name] = dataclasses.replace(found[name], values={**found[name].values, **more})
+        found[name] = dataclasses.replace(found[name], seconds=time.perf_counter() - begun)
+        shown = [f"{name:24s} rate {found[name].rate:g}"]
+        shown += [f"{c} {spread(column(found[name], c))}" for c in study.columns]
+        print(*shown, f"{found[name].seconds:.0f} s", sep="  ", file=sys.stderr, flush=True)
+        jax.clear_caches()
+    return found
+
+
+def small_policy(task: Task, width: int) -> tuple[Policy, Any]:
+    """A transformer of one layer, and a value head on it."""
+    model = transformer(
+        TransformerConfig(
+            vocab_size=len(task.tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=max(8, width // 4),
+            remat=None,
+        )
+    )
+    return language_model(model), value_head(width)
+
+
+def warm_start(policy: Policy, task: Task, steps: int, seeds: int) -> Callable[[Array], PyTree]:
+    """`(seed) -> params`: supervised on a right and a wrong answer a problem."""
+    half = Algorithm(rollout=functools.partial(logged, take=None), advantage=uniform, loss=NegativeLogLikelihood())
+    parts = learner(half, policy=policy, task=task, optimizer=adamw(1e-2), prompts_per_step=32)
+
+    def train(seed: Array) -> PyTree:
+        return run(parts, jax.random.key(seed), steps, scan=steps)[0].params["policy"]
+
+    several = jax.jit(jax.vmap(train))
+    ours = several(jnp.arange(seeds))
+    tuning = several(TUNING + jnp.arange(seeds))
+    return lambda seed: jax.tree.map(lambda a, b: jnp.where(seed < TUNING, a[seed], b[seed - TUNING]), ours, tuning)
+
+
+def of_arm(
+    study: Study, arm: Arm, policy: Policy, critic: Any, task: Task, start: Callable[[Array], PyTree], seeds: int
+) -> Outcome:
+    """Finds the arm's learning rate on tuning seeds, then trains on the study's."""
+    steps = study.steps if arm.steps is None else arm.steps
+    options = {"prompts_per_step": study.prompts, **arm.options}
+
+    def train(seed: Array, rate: Array) -> tuple[PyTree, dict[str, Array]]:
+        params, key = start(seed), jax.random.fold_in(jax.random.key(7), seed)
+        both = {"policy": policy, "task": task, "critic": critic, "critic_optimizer": adamw(1e-2), **options}
+        before = 0 if arm.first is None else min(arm.first[1], steps - 1)
+        if arm.first is not None and before:
+            parts = learner(arm.first[0], params=params, optimizer=adamw(rate), **both)
+            params = run(parts, key, before, scan=before)[0].params["policy"]
+        parts = learner(arm.recipe, params=params, optimizer=adamw(rate), **both)
+        state, metrics = run(parts, key, steps - before, scan=steps - before)
+        return evaluate(policy, task, state.params["policy"]), metrics
+
+    program = jax.jit(jax.vmap(train))
+    rates = study.rates if arm.rates is None else arm.rates
+    rate = rates[0]
+    if len(rates) > 1:
+        each = max(1, seeds // len(rates))  # the same number of members: the same program
+        member = jnp.arange(seeds) % (each * len(rates))
+        values, metrics = program(TUNING + member // len(rates), jnp.asarray(rates)[member % len(rates)])
+        score = np.asarray(values[study.choose] if study.choose in values else metrics[study.choose][:, -10:].mean(1))
+        means = [np.nanmean(score[np.asarray(member) % len(rates) == i]) for i in range(len(rates))]
+        rate = rates[int(np.nanargmax(means))]
+    values, metrics = jax.device_get(program(jnp.arange(seeds), jnp.full(seeds, rate)))
+    return Outcome(rate=rate, values=dict(values), curves=dict(metrics))
+
+
+def evaluate(policy: Policy, task: Task, params: PyTree) -> dict[str, Array]:
+    """Held-out: greedy accuracy, mean over samples, pass@k without bias, entropy, length."""
+    prompts = task.test(TESTED)
+    n = prompts.index.shape[0]
+    context = jax.tree.map(lambda x: x[:, None], prompts.context)
+    keys = jax.random.split(jax.random.key(11), (n, DRAWS))
+    draw = functools.partial(policy.sample, params, length=task.response_length, eos=(task.tokenizer.eos_token_id,))
+    greedy = draw(keys[:, :1], context, Sampling(temperature=jnp.zeros(())))
+    samples = draw(keys, context, Sampling(temperature=jnp.ones(())))
+    assert task.verify is not None
+    right = task.verify(prompts, samples.tokens, samples.mask) >= 1
+    count = right.sum(-1)
+    tokens = jnp.maximum(samples.mask.sum(), 1)
+    return {
+        "accuracy": (task.verify(prompts, greedy.tokens, greedy.mask) >= 1).mean(),
+        "avg@16": right.mean(),
+        **{f"pass@{k}": pass_at(count, k).mean() for k in (2, 4, 8, 16)},
+        "entropy": jnp.where(samples.mask, samples.entropy, 0).sum() / tokens,
+        "tokens": samples.mask.sum(-1).mean(),
+    }
+
+
+def pass_at(count: Array, k: int) -> Array:
+    """`1 - C(n - c, k) / C(n, k)` of `c` right answers in `n = DRAWS` (2107.03374)."""
+    i = jnp.arange(k)
+    return 1 - jnp.prod(jnp.clip(DRAWS - count[..., None] - i, 0) / (DRAWS - i), -1)
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def column(outcome: Outcome, name: str) -> np.ndarray:
+    return np.asarray(outcome.values[name] if name in outcome.values else outcome.late(name), float)
+
+
+def spread(x: np.ndarray) -> str:
+    return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) if len(x) > 1 else 0:.3f}"
+
+
+def bootstrap(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean of `[seeds]` paired differences, and its 95 % percentile interval."""
+    random = np.random.default_rng(0)
+    means = random.choice(difference, (draws, len(difference))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
+def summary(study: Study, found: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Arms, comparisons and verdict, as they go into the file."""
+    compared = [judged(c, found) for c in study.comparisons]
+    verdicts = [row["verdict"] for row, c in zip(compared, study.comparisons, strict=True) if c.main]
+    for verdict in ("opposite", "not at this scale", "reproduced"):
+        if verdict in verdicts:
+            break
+    return {
+        "verdict": verdict,
+        "arms": {
+            name: {
+                "rate": outcome.rate,
+                "steps": int(next(iter(outcome.curves.values())).shape[1]),
+                **{c: [float(v) for v in column(outcome, c)] for c in study.columns},
+            }
+            for name, outcome in found.items()
+        },
+        "comparisons": compared,
+    }
+
+
+def judged(c: Comparison, found: Mapping[str, Outcome]) -> dict[str, Any]:
+    value = c.value if callable(c.value) else functools.partial(column, name=c.value)
+    difference = value(found[c.arm]) - value(found[c.base]) if c.effect is None else c.effect(found)
+    effect, low, high = bootstrap(np.asarray(difference, float))
+    ahead, behind = sorted((c.sign * (low - c.margin), c.sign * (high - c.margin)))
+    verdict = "reproduced" if ahead > 0 else "opposite" if behind < 0 else "not at this scale"
+    return {"text": c.text, "effect": effect, "low": low, "high": high, "verdict": verdict}
+
+
+def table(study: Study, result: Mapping[str, Any]) -> str:
+    """Markdown: the claim, the arms, the comparisons, the verdict."""
+    header = ["arm", "learning rate", "steps", *study.columns]
+    rows = [
+        [name, f"{arm['rate']:g}", str(arm["steps"]), *(spread(np.asarray(arm[c])) for c in study.columns)]
+        for name, arm in result["arms"].items()
+    ]
+    effects = [
+        [c["text"], f"{c['effect']:+.3f}", f"{c['low']:+.3f} to {c['high']:+.3f}", c["verdict"]]
+        for c in result["comparisons"]
+    ]
+    return "\n".join(
+        [
+            f"# {result['experiment']}: {result['verdict']}",
+            "",
+            f"Claim: {result['Claim']}",
+            "",
+            f"Reported: {result['Reported']}",
+            "",
+            f"Mean ± standard deviation over {result['seeds']} seeds, {result['minutes']} minutes, "
+            f"`python experiments/{result['experiment']}.py`.",
+            "",
+            *grid(header, rows),
+            "",
+            *grid(["compared", "effect", "95 % interval", "verdict"], effects),
+            "",
+        ]
+    )
+
+
+def grid(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def write(out: Path, name: str, study: Study, found: Mapping[str, Outcome], result: Mapping[str, Any]) -> None:
+    """`NAME.json`, `NAME.md` and, where matplotlib is installed, `NAME.png`; each replaced whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (("json", json.dumps(result, indent=1) + "\n"), ("md", table(study, result))):
+        part = out / f".{name}.{suffix}"
+        part.write_text(text)
+        os.replace(part, out / f"{name}.{suffix}")
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
+    if study.draw is not None:
+        study.draw(axis, found)
+    else:
+        curves(axis, found, study.picture)
+    axis.set_title(f"{name}: {result['verdict']}", fontsize=10)
+    figure.savefig(out / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def write_verdicts() -> None:
+    """What the catalogue says of each method: gathered from all results."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    found = {m: {"experiment": r["experiment"], "verdict": r["verdict"]} for r in results for m in r["methods"]}
+    VERDICTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+
+
+def curves(axis: Any, found: Mapping[str, Outcome], metric: str) -> None:
+    """Mean over seeds, smoothed over ten steps, and the range of the seeds."""
+    for name, outcome in found.items():
+        y = outcome.curves[metric]
+        window = min(10, y.shape[1])
+        y = np.stack([np.convolve(row, np.ones(window) / window, "valid") for row in y])
+        x = np.arange(y.shape[1]) + window
+        (line,) = axis.plot(x, y.mean(0), lw=1.6, label=name)
+        axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="step", ylabel=metric)
+    axis.legend(fontsize=8, frameon=False)
