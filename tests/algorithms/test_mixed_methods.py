@@ -489,3 +489,16 @@ def test_dph_rl_needs_the_base():
 
 def test_dph_rl_ignores_what_is_masked():
     assert_poison_is_invisible("dph_rl")
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, samples", [("chord", 8), ("hpt", 8), ("ahpo", 8), ("rl_plus", 7), ("dph_rl", 8), ("demo_reg", 4)]
+)
+def test_groups_have_samples_and_one_demonstration(name, samples):
+    prompts = with_data(toy_prompts(2))
+    got = load(name).rollout(world(), jax.random.key(0), prompts)
+    np.testing.assert_array_equal(got.tokens.shape, (2, samples + 1, 4))
+    np.testing.assert_array_equal(got.injected, [[False] * samples + [True]] * 2)

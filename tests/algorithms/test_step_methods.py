@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxrl_llm import world as outside
-from jaxrl_llm.algorithms import deep_ga, harpg, load, pipo
+from jaxrl_llm.algorithms import bayes_pg, deep_ga, harpg, load, pipo
 from jaxrl_llm.engine import learner
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.losses.surrogates import dual_clip
@@ -291,6 +291,104 @@ def test_harpg_hessian_is_that_of_the_expected_reward(fill):
     lower = dataclasses.replace(batch, advantage=batch.advantage - 1.0)
     got = harpg.hessian_product(fake_learn(load("harpg").loss, softmax), ({"policy": params}, {}), lower, change)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+# --- Bayesian policy gradient ---------------------------------------------------------------------------------------
+
+U, Y = jnp.array([[1, -1, 1, -1], [0.5, 0.5, -0.5, -0.5]]), jnp.array([1.0, 0.0, 1.0, 0.0])
+KEPT = jnp.ones(4, bool)
+
+
+def posterior(model, *, noise=0.1, ridge=1e-6, scores=U, returns=Y, keep=KEPT):
+    gram = scores.T @ scores
+    kernel, natural = bayes_pg.fisher(gram, keep.sum(), ridge)
+    weights, variance = model(returns, kernel, gram, keep, noise=noise)
+    return scores @ weights, variance, scores @ (natural @ weights)
+
+
+def test_bayes_pg_by_hand():
+    mean, variance, natural = posterior(bayes_pg.scalar_returns)
+    np.testing.assert_allclose(mean, [0.487805, 0], atol=2e-5)
+    np.testing.assert_allclose(variance, 0.024390 + 0.006098, atol=2e-5)
+    np.testing.assert_allclose(natural, [0.487805, 0], atol=2e-5)  # the Fisher matrix is diag(1, 1/4)
+    mean, variance, _ = posterior(bayes_pg.vector_returns)
+    np.testing.assert_allclose(mean, [0.495868, 0], atol=5e-5)
+    np.testing.assert_allclose(variance, 0.024793, atol=5e-5)
+
+
+@pytest.mark.parametrize("model", [bayes_pg.scalar_returns, bayes_pg.vector_returns])
+def test_bayes_pg_is_the_textbook_matrix_formula(model):
+    scores, returns = jax.random.normal(KEY, (3, 6)), jax.random.normal(jax.random.key(1), (6,))
+    u, y, eye = np.float64(scores), np.float64(returns), np.eye(6)
+    fisher = u @ u.T / 6 + 0.01 * np.eye(3)
+    kernel = u.T @ np.linalg.inv(fisher) @ u
+    if model is bayes_pg.scalar_returns:
+        mean = u @ np.linalg.inv(kernel + 0.3 * eye) @ y
+        variance = np.trace(u @ u.T / 6 - u @ np.linalg.inv(kernel + 0.3 * eye) @ u.T)
+    else:
+        b, inverse = 1 + np.diag(kernel), np.linalg.inv((1 + kernel) ** 2 + 0.3 * eye)
+        mean, variance = u @ (y * (inverse @ b)), 1 + np.diag(kernel).mean() - b @ inverse @ b
+    got = posterior(model, noise=0.3, ridge=0.01, scores=scores, returns=returns, keep=jnp.ones(6, bool))
+    np.testing.assert_allclose(got[0], mean, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(got[1], variance, rtol=1e-3)
+    np.testing.assert_allclose(got[2], np.linalg.inv(fisher) @ mean, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [bayes_pg.scalar_returns, bayes_pg.vector_returns])
+def test_bayes_pg_does_not_see_rows_that_do_not_count(model):
+    more = jnp.concatenate([U, jnp.zeros((2, 2))], -1)
+    keep = jnp.arange(6) < 4
+    got = posterior(model, scores=more, returns=jnp.append(Y, jnp.zeros(2)), keep=keep)
+    for a, b in zip(got, posterior(model), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_bayes_pg_is_surer_of_more_rows():
+    few, many = (
+        posterior(bayes_pg.scalar_returns, scores=jnp.tile(U, n), returns=jnp.tile(Y, n), keep=jnp.ones(4 * n, bool))[1]
+        for n in (1, 4)
+    )
+    assert 0 < many < few / 3
+
+
+def bayes_step(fill=0.0, rate=1.0, **options):
+    """How far a step moves a softmax policy on ragged rows, some of which do not count."""
+    algorithm = load("bayes_pg", group_size=4, **options)
+    _, batch = random_batch(jax.random.key(11), fill=fill)
+    tokens = jax.random.randint(KEY, batch.mask.shape, 0, 6)
+    batch = prepare(algorithm, dataclasses.replace(batch, rollouts=dataclasses.replace(batch.rollouts, tokens=tokens)))
+    params = jax.random.normal(jax.random.key(2), (5, 6))
+    learn = fake_learn(algorithm.loss, softmax, rate=rate)
+    (models, _), metrics = algorithm.update(KEY, ({"policy": params}, {}), batch, learn)
+    return models["policy"] - params, metrics, (params, batch, learn)
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_bayes_pg_steps_along_the_posterior_mean(natural):
+    move, metrics, (params, batch, _) = bayes_step(natural=natural)
+
+    def logp(params):
+        return jnp.sum(jnp.where(batch.mask, softmax(params, batch).logp, 0), -1)[batch.rows]
+
+    scores = jax.jacobian(logp)(params).reshape(-1, 30).T
+    returns = batch.advantage[..., 0][batch.rows]
+    got = posterior(
+        bayes_pg.scalar_returns, scores=scores, returns=returns, keep=jnp.ones(returns.shape, bool), ridge=1e-3
+    )
+    np.testing.assert_allclose(move.ravel(), got[2 if natural else 0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(metrics["gradient_variance"], got[1], rtol=1e-3)
+
+
+def test_bayes_pg_with_much_noise_is_reinforce():
+    scores, batch = random_batch(jax.random.key(11))
+    same_loss(load("bayes_pg"), load("reinforce"), scores, batch)
+    move, _, (params, batch, learn) = bayes_step(noise=1e5, rate=1e5)
+    want = -learn.gradient(({"policy": params}, {}), batch)[1]["policy"]
+    np.testing.assert_allclose(move, batch.rows.sum() * want, rtol=2e-3, atol=1e-5)
+
+
+def test_bayes_pg_padding_changes_no_bit():
+    np.testing.assert_array_equal(bayes_step()[0], bayes_step(fill=jnp.nan)[0])
 
 
 # --- AEPO -----------------------------------------------------------------------------------------------------------
