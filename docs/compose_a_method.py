@@ -35,6 +35,8 @@ from jaxrl_llm.types import masked
 from jaxrl_llm.updates.optimizer import adamw
 
 QUICK = bool(os.environ.get("GUIDE_QUICK"))
+# A few dozen steps of a tiny model: compiling well would take longer than it saves. Leave this out for runs that count.
+SOON = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # %% [markdown]
 # ## A task and a policy
@@ -51,7 +53,8 @@ policy = language_model(transformer(TransformerConfig(vocab_size=len(task.tokeni
 
 imitation = learner(algorithms.load("sft"), policy=policy, task=task, optimizer=adamw(1e-2), prompts_per_step=32)
 steps = 20 if QUICK else 120
-start = jax.jit(lambda key: run(imitation, key, steps, scan=steps)[0].params["policy"])(jax.random.key(0))
+imitate = jax.jit(lambda key: run(imitation, key, steps, scan=steps)[0].params["policy"], compiler_options=SOON)
+start = imitate(jax.random.key(0))
 
 # %% [markdown]
 # ## Start from `grpo`, replace a slot
@@ -96,7 +99,8 @@ steps = 4 if QUICK else 40
 def rewards(algorithm):
     """Mean reward, `[seeds, steps]`."""
     parts = learner(algorithm, policy=policy, task=task, params=start, optimizer=adamw(2e-3), prompts_per_step=16)
-    return jax.jit(jax.vmap(lambda key: run(parts, key, steps, scan=steps)[1]["reward/mean"]))(seeds)
+    runs = jax.vmap(lambda key: run(parts, key, steps, scan=steps)[1]["reward/mean"])
+    return jax.jit(runs, compiler_options=SOON)(seeds)
 
 
 curves = {"grpo": rewards(grpo), "below the best": rewards(best_first)}
