@@ -128,7 +128,7 @@ def entry(name: str) -> Entry:
         deviations=deviations,
         limit=_paragraph(said, "Limit"),
         raises=_paragraph(said, "Raises"),
-        confidence="in part" if IN_PART.search(re.sub(r"`[^`]*`", "", deviations)) else "whole",
+        confidence=confidence(deviations),
         parent=origin,
         changes={} if origin is None else changes(algorithms.load(name), algorithms.load(origin)),
         arguments=arguments(name, said.get("Args", [])),
@@ -201,6 +201,11 @@ def source(text: str) -> Source:
         arxiv=arxiv,
         link=arxiv and f"https://arxiv.org/abs/{arxiv}",
     )
+
+
+def confidence(deviations: str) -> str:
+    """Whether the paper was known in full, by its own admission; code (`partial(...)`) says nothing of it."""
+    return "in part" if IN_PART.search(re.sub(r"`[^`]*`", "", deviations)) else "whole"
 
 
 def arguments(name: str, lines: list[str]) -> tuple[Argument, ...]:

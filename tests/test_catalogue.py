@@ -92,9 +92,9 @@ def test_arguments_have_defaults_and_meanings(entries):
 def test_confidence_is_what_deviations_admit(entries):
     for name in ("ahpo", "t_ppo", "dgpo"):
         assert entries[name].confidence == "in part"
-    # Partial rollouts, and functools.partial in code, are something else.
-    for name in ("grpo", "april", "opsd"):
-        assert entries[name].confidence == "whole"
+    assert entries["grpo"].confidence == entries["april"].confidence == "whole"  # "Active Partial Rollouts" is a title
+    assert catalogue.confidence("described only in part: no numbers") == "in part"
+    assert catalogue.confidence("`partial(center, ddof=0)` is the paper's") == "whole"
 
 
 def test_verdicts(tmp_path):
