@@ -28,7 +28,7 @@ class Policy:
 
     init: `(key) -> params`.
     sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until, own,
-        within) -> Samples [B G T]`.
+        within, steer) -> Samples [B G T]`.
     score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
         responses under `rollouts.context` and `rollouts.sampling`; see `score`.
     hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles; with the keyword `layer` that of

@@ -216,17 +216,52 @@ class Problem:
     width: int = 0  # D, of the policy's hidden states
 
 
+def _no_memory(_: Any) -> Memory:
+    return ()
+
+
+@record
+class Decoding:
+    """What a `Steer` sees before token `t` of each row is chosen."""
+
+    t: Array  # [] int32
+    logits: Array  # [B G V] float32 of token t, as the model gives them: neither tempered nor filtered
+    tokens: Array  # [B G T] int32, those before t; 0 elsewhere
+    mask: Array  # [B G T] bool, those that are there
+    alive: Array  # [B G] bool: rows that get another token
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steer:
+    """Looks at a batch of rows while they are decoded, lets rows take over what others have, and chooses tokens.
+
+    A row that ended stays as it is, whatever token is named; a row that continues one that ended has ended too. The
+    log-prob and the entropy that are recorded are those of the written token under the row's own sampling distribution,
+    given its past: what the policy makes of it, not how probable this choice was. That is what a ratio needs; that the
+    rows were steered it does not correct. A past that is taken over keeps what was recorded, so that the rows of a
+    group should have one sampling distribution.
+
+    init: `((B, G)) -> memory`, a pytree of arrays.
+    apply: `(memory, Decoding) -> (memory, source [B G] int32, token [B G] int32)`, before each step: the row of the
+        same group whose past (tokens, log-probs, cache) this row continues, itself for its own, -1 for none: such a
+        row has no tokens, and gets none before it continues another; and the token it gets next, -1 to draw one.
+    """
+
+    apply: Callable[[Memory, Decoding], tuple[Memory, Array, Array]]
+    init: Callable[[tuple[int, int]], Memory] = _no_memory
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
     """What a `rollout` may do, besides what it is given.
 
     sample: `(key, Prompts, size, context=None, sampling=None, length=None, limit=None, until=None, own=None,
-        within=None) -> Rollouts` draws `size` responses a prompt from the current policy. `context` (`[B C S]`)
-        replaces the prompts' own tokens, `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`) is the most
-        tokens of each row, 0 for none; `until(ended [B G] bool) -> bool` stops all rows where they are (such
-        rows are `truncated`); `own` (`[B C]`) is how many of a context's last tokens are the beginning of its
+        within=None, steer=None) -> Rollouts` draws `size` responses a prompt from the current policy. `context`
+        (`[B C S]`) replaces the prompts' own tokens, `sampling` the run's; `length` (an int) is `T`; `limit` (`[B G]`)
+        is the most tokens of each row, 0 for none; `until(ended [B G] bool) -> bool` stops all rows where they are
+        (such rows are `truncated`); `own` (`[B C]`) is how many of a context's last tokens are the beginning of its
         responses; `within` other parameters of the policy and `(their logits [... V]) -> bool [... V]`, the tokens to
-        draw from.
+        draw from; `steer` a `Steer`.
     score: `(role, Rollouts) -> Scores` of a role in `models`, under `rollouts.context`.
     reward: `(Rollouts) -> [B G]` asks the verifier; NaN where it cannot score.
     models: parameters by role.
@@ -242,10 +277,6 @@ class World:
     step: Array
     length: int
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-
-
-def _no_memory(problem: Problem) -> Memory:
-    return ()
 
 
 def _forget(memory: Memory, batch: Batch) -> Memory:

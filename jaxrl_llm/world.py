@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxrl_llm.policy import Policy
 from jaxrl_llm.tasks.task import Task, host_verifier
-from jaxrl_llm.types import PADDING, POLICY, Batch, Context, Prompts, PyTree, Rollouts, Sampling, TrainState
+from jaxrl_llm.types import PADDING, POLICY, Batch, Context, Prompts, PyTree, Rollouts, Sampling, Steer, TrainState
 
 
 def draw(task: Task, key: Array, n: int) -> Prompts:
@@ -52,6 +52,7 @@ def sample(
     until: Callable[[Array], Array] | None = None,
     own: Array | None = None,
     within: tuple[PyTree, Callable[[Array], Array]] | None = None,
+    steer: Steer | None = None,
 ) -> Rollouts:
     """`World.sample`: groups of `size` responses. Row `(b, g)` has a key of its own, whatever `B` and `size`."""
     b = prompts.index.shape[0]
@@ -72,6 +73,7 @@ def sample(
         until=until,
         own=own,
         **({} if within is None else {"within": within}),
+        **({} if steer is None else {"steer": steer}),
     )
     return Rollouts(
         prompts=prompts,

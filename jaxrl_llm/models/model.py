@@ -32,7 +32,8 @@ class Model:
     logits: `(params, hidden [... D]) -> [... V]` float32.
     prefill: `(params, prefix: Context [M S]) -> Cache`, encodes the prefixes; `M` leads every leaf. `S` may be 0.
     decoder: `(params) -> PyTree`, what `decode` wants instead of `params`: cast and sliced once per generation.
-    empty: `(M, R, T) -> Cache` for the responses; a longer `T` only makes leaves longer.
+    empty: `(M, R, T) -> Cache` for the responses; `M R` leads every leaf, as two axes or one, and a longer `T` only
+        makes leaves longer.
     decode: `(decoder, prefix_cache, prefix_mask [M S], cache, offset [M], inputs [M R], t, column=None) -> (hidden
         [M R D], cache)` feeds one token of each response at position `t` (`[]`, or `[M R]` if rows differ). What it
         keeps is written at `column` (`[]`, default `t`) of the cache, used in a circle: a row reads the `t` columns

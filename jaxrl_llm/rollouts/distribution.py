@@ -67,13 +67,14 @@ def choose(key: Array, logits: Array, sampling: Sampling) -> Array:
     return draw(uniform(key), logits, sampling)[0]
 
 
-def draw(number: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array, Array]:
+def draw(number: Array, logits: Array, sampling: Sampling, given: Array | None = None) -> tuple[Array, Array, Array]:
     """A token and what is known of it: `choose` and `log_prob` in one pass over the logits.
 
     Args:
       number: `[...]` float32 in [0, 1), see `uniform`.
       logits: `[..., V]`.
       sampling: leaves broadcastable to `[...]`.
+      given: `[...]` int32, tokens to take instead of drawing them; below 0 where there is none.
 
     Returns:
       token `[...]` int32, its log-prob and the distribution's entropy `[...]` float32.
@@ -84,6 +85,8 @@ def draw(number: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array
     greedy = jnp.broadcast_to(jnp.asarray(sampling.temperature) == 0, number.shape)
     lowest = jnp.where(greedy[..., None], 0.0, FAR if low is None else low)
     token = _invert(jnp.where(greedy, 0.0, number), y, lowest)
+    if given is not None:
+        token = jnp.where(given < 0, token, given)
     return (token, *_statistics(y, token, low))
 
 

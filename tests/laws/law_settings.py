@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from jaxrl_llm.rollouts.lookahead import stepwise
 from jaxrl_llm.updates.momentum import constant
 
 
@@ -35,6 +36,15 @@ SMALL: dict[str, dict] = {
     # So few that there is a second update in most steps.
     "spark": {"size": 8},
     "xrpo": {"group_size": 8, "base": 4, "most": 4, "corpus": 16},
+    # Responses have 3 tokens, and a policy that knows nothing is unsure among all tokens. Greedy rows alone have no
+    # reward at the start.
+    "latr": {
+        "share": partial(stepwise, at=(0, 20), values=(0.5, 0.25)),
+        "absolute": 0.02,
+        "relative": 0.3,
+        "windows": (1,),
+        "force": 2,
+    },
     "demo_reg": {"cloning_steps": 2},
     "dph_rl": {"rehearse": one_in_eight},
     "epo_agents": {"turns": 1},
