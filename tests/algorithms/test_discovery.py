@@ -29,6 +29,8 @@ def others(name, parameter):
         return [given[parameter.name]]
     if isinstance(default, bool):
         return [not default]
+    if isinstance(default, tuple) and len(default) > 1:
+        return [default[:-1]]
     if isinstance(default, int):
         sizes = (default + 1, 2 * default, default - 1, default // 2, default + 8)
         return [n for n in sizes if n != default]
