@@ -66,7 +66,9 @@ def forget(most=25_000):
     """Drops all programs if they are many; few are kept, as the small ones are of use to every test."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") < most:
+        gc.freeze()  # what is kept is not searched through again and again
         return
+    gc.unfreeze()
     run._program.cache_clear()
     jax.clear_caches()
     gc.collect()

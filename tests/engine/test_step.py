@@ -102,7 +102,8 @@ def test_a_changed_number_changes_the_step(build):
 
 
 def test_scan_equals_loop(grpo, history):
-    assert_same(run(grpo, jax.random.key(0), STEPS, scan=STEPS), history, rtol=0, atol=0)
+    """To the last ulp or so: they are two programs."""
+    assert_same(run(grpo, jax.random.key(0), STEPS, scan=STEPS), history, rtol=1e-6, atol=1e-8)
 
 
 def test_same_key_same_run_to_the_last_bit(grpo, history):
