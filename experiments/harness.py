@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array
 
 import jaxrl_llm
-from jaxrl_llm import tasks
+from jaxrl_llm import algorithms, tasks
 from jaxrl_llm.advantages.basic import uniform
 from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.engine import learner
@@ -413,6 +413,7 @@ def write_verdicts() -> None:
     """What the catalogue says of each method: gathered from all results."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     found = {m: {"experiment": r["experiment"], "verdict": r["verdict"]} for r in results for m in r["methods"]}
+    found = {m: verdict for m, verdict in found.items() if m in algorithms.names()}  # options of the engine are none
     VERDICTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 
 
