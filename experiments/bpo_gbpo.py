@@ -1,7 +1,7 @@
 """GBPO, 2604.18578: the ratio is regressed on that of the best bounded policy.
 
 Command: python experiments/bpo_gbpo.py
-Time: about 4 minutes on two cores.
+Time: not measured yet.
 Claim: with many epochs a batch, GBPO matches or beats GRPO and is more stable.
 Reported: matches or beats GRPO on MATH and AIME with 5 to 10 epochs.
 """

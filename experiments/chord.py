@@ -1,7 +1,7 @@
 """CHORD, 2508.11408, and HPT, 2509.04419: expert traces within RL, against SFT and then RL.
 
 Command: python experiments/chord.py
-Time: about 6 minutes on two cores.
+Time: not measured yet.
 Claim: mixing expert traces into the RL objective, by a schedule and a token weight (CHORD) or by a gate (HPT), ends
 above SFT followed by RL.
 Reported: SFT-then-RL < CHORD-mu < CHORD-phi; HPT above SFT-then-GRPO on six maths sets.

@@ -1,7 +1,7 @@
 """VADE, 2511.18902, PCL, 2510.01135, and Prompt-GDRO, 2601.19280: which prompts to learn from.
 
 Command: python experiments/curricula.py
-Time: about 6 minutes on two cores.
+Time: not measured yet.
 Claim: choosing prompts by a posterior of success, or by a value model, or weighting them against the learner, makes
 more groups informative than uniform sampling does, and ends higher at the same rollouts.
 Reported: PCL 83.4 in 14.0 h, GRPO 83.0 in 29.2 h; Prompt-GDRO +9.7 to +13.1 % pass@8; for VADE no number is known.

@@ -18,6 +18,7 @@ STUDY = Study(
     arms={"grpo": Arm(recipe=grpo(kl=None)), "d3s": Arm(recipe=d3s(kl=None, steps=300))},
     comparisons=(
         Comparison(text="accuracy, not worse by 0.03", arm="d3s", base="grpo", value="avg@16", margin=-0.03),
+        Comparison(text="pass@8, not worse by 0.03", arm="d3s", base="grpo", value="pass@8", margin=-0.03),
         Comparison(
             text="tokens updated a step", arm="d3s", base="grpo", value=lambda o: o.mean("tokens/updated"), sign=-1
         ),

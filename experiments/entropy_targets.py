@@ -1,7 +1,7 @@
 """AEPO, 2510.08141, and DCPO: entropy held at a target.
 
 Command: python experiments/entropy_targets.py
-Time: about 8 minutes on two cores.
+Time: not measured yet.
 Claim: the policy's entropy follows any chosen target, where GRPO's falls to nothing.
 Reported: entropy tracks every target tried (0.25 to 1.0); GRPO's collapses.
 """

@@ -17,9 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from pages import RESULTS, field, grid, spread, write, write_verdicts
 
-import jaxrl_llm
-from jaxrl_llm import algorithms, tasks
+from jaxrl_llm import tasks
 from jaxrl_llm.advantages.basic import uniform
 from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.engine import learner
@@ -46,8 +43,6 @@ from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import PyTree, Sampling
 from jaxrl_llm.updates.optimizer import adamw
 
-RESULTS = Path(__file__).parent / "results"
-VERDICTS = Path(jaxrl_llm.__file__).parent / "data" / "verdicts.json"
 TUNING = 1000  # seeds from here on find learning rates and nothing else
 TESTED = 128  # held-out problems
 DRAWS = 16  # samples of each
@@ -63,9 +58,11 @@ class Arm:
     steps: of its own, if the paper's point is another budget.
     rates: of its own, if the rate is the paper's point.
     first: a recipe that trains before, and for how many of the steps.
+    others: more settings of the method; the best is found on the tuning seeds, as the rate is.
     """
 
     recipe: Algorithm
+    others: tuple[Algorithm, ...] = ()
     first: tuple[Algorithm, int] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int | None = None
@@ -138,7 +135,7 @@ class Study:
     warm: int = 600
     steps: int = 300
     prompts: int = 16
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     choose: str = "accuracy"
     columns: tuple[str, ...] = ("accuracy", "pass@8", "entropy")
     picture: str = "reward/mean"
@@ -172,19 +169,12 @@ def main(doc: str, file: str, study: Study, arguments: list[str] | None = None) 
         "minutes": round((time.perf_counter() - start) / 60, 1),
         **summary(study, found),
     }
-    write(args.out, name, study, found, result)
+    page = table(study, result)
+    write(args.out, result, page, functools.partial(picture, study=study, found=found), (6.4, 4))
     if args.out == RESULTS:
         write_verdicts()
-    print(table(study, result))
+    print(page)
     return result
-
-
-def field(doc: str, title: str) -> str:
-    """The text after `title:` in a docstring, up to the next blank line or title."""
-    match = re.search(rf"^{title}:\s*(.*?)(?=\n\s*\n|\n[A-Z][a-z]+:|\Z)", doc, flags=re.S | re.M)
-    if match is None:
-        raise ValueError(f"the experiment's docstring has no {title}:")
-    return " ".join(match[1].split())
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -245,33 +235,47 @@ def warm_start(policy: Policy, task: Task, steps: int, seeds: int) -> Callable[[
 def of_arm(
     study: Study, arm: Arm, policy: Policy, critic: Any, task: Task, start: Callable[[Array], PyTree], seeds: int
 ) -> Outcome:
-    """Finds the arm's learning rate on tuning seeds, then trains on the study's."""
-    steps = study.steps if arm.steps is None else arm.steps
-    options = {"prompts_per_step": study.prompts, **arm.options}
-
-    def train(seed: Array, rate: Array) -> tuple[PyTree, dict[str, Array]]:
-        params, key = start(seed), jax.random.fold_in(jax.random.key(7), seed)
-        both = {"policy": policy, "task": task, "critic": critic, "critic_optimizer": adamw(1e-2), **options}
-        before = 0 if arm.first is None else min(arm.first[1], steps - 1)
-        if arm.first is not None and before:
-            parts = learner(arm.first[0], params=params, optimizer=adamw(rate), **both)
-            params = run(parts, key, before, scan=before)[0].params["policy"]
-        parts = learner(arm.recipe, params=params, optimizer=adamw(rate), **both)
-        state, metrics = run(parts, key, steps - before, scan=steps - before)
-        return evaluate(policy, task, state.params["policy"]), metrics
-
-    program = jax.jit(jax.vmap(train))
+    """Finds the arm's learning rate, and setting, on tuning seeds; then trains on the study's."""
     rates = study.rates if arm.rates is None else arm.rates
-    rate = rates[0]
-    if len(rates) > 1:
-        each = max(1, seeds // len(rates))  # the same number of members: the same program
-        member = jnp.arange(seeds) % (each * len(rates))
-        values, metrics = program(TUNING + member // len(rates), jnp.asarray(rates)[member % len(rates)])
-        score = np.asarray(values[study.choose] if study.choose in values else metrics[study.choose][:, -10:].mean(1))
-        means = [np.nanmean(score[np.asarray(member) % len(rates) == i]) for i in range(len(rates))]
-        rate = rates[int(np.nanargmax(means))]
+    tried = []
+    for recipe in (arm.recipe, *arm.others):
+        program = jax.jit(jax.vmap(functools.partial(train, study, arm, recipe, policy, critic, task, start)))
+        scores = [np.nan] * len(rates)
+        if len(rates) * (1 + len(arm.others)) > 1:
+            # As many members as in the end: the same program.
+            for i, rate in enumerate(rates):
+                values, metrics = program(TUNING + jnp.arange(seeds), jnp.full(seeds, rate))
+                found = values[study.choose] if study.choose in values else metrics[study.choose][:, -10:].mean(1)
+                scores[i] = float(np.nanmean(found))
+        tried += [(score, rate, program) for score, rate in zip(scores, rates, strict=True)]
+    _, rate, program = max(tried, key=lambda x: -np.inf if np.isnan(x[0]) else x[0])
     values, metrics = jax.device_get(program(jnp.arange(seeds), jnp.full(seeds, rate)))
     return Outcome(rate=rate, values=dict(values), curves=dict(metrics))
+
+
+def train(
+    study: Study,
+    arm: Arm,
+    recipe: Algorithm,
+    policy: Policy,
+    critic: Any,
+    task: Task,
+    start: Callable[[Array], PyTree],
+    seed: Array,
+    rate: Array,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """One run: what it is worth in the end, and its metrics."""
+    steps = study.steps if arm.steps is None else arm.steps
+    options = {"policy": policy, "task": task, "critic": critic, "critic_optimizer": adamw(1e-2)}
+    options |= {"prompts_per_step": study.prompts, **arm.options}
+    params, key = start(seed), jax.random.fold_in(jax.random.key(7), seed)
+    before = 0 if arm.first is None else min(arm.first[1], steps - 1)
+    if arm.first is not None and before:
+        parts = learner(arm.first[0], params=params, optimizer=adamw(rate), **options)
+        params = run(parts, key, before, scan=before)[0].params["policy"]
+    parts = learner(recipe, params=params, optimizer=adamw(rate), **options)
+    state, metrics = run(parts, key, steps - before, scan=steps - before)
+    return evaluate(policy, task, state.params["policy"]), metrics
 
 
 def evaluate(policy: Policy, task: Task, params: PyTree) -> dict[str, Array]:
@@ -307,10 +311,6 @@ def pass_at(count: Array, k: int) -> Array:
 
 def column(outcome: Outcome, name: str) -> np.ndarray:
     return np.asarray(outcome.values[name] if name in outcome.values else outcome.late(name), float)
-
-
-def spread(x: np.ndarray) -> str:
-    return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) if len(x) > 1 else 0:.3f}"
 
 
 def bootstrap(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
@@ -381,40 +381,10 @@ def table(study: Study, result: Mapping[str, Any]) -> str:
     )
 
 
-def grid(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def write(out: Path, name: str, study: Study, found: Mapping[str, Outcome], result: Mapping[str, Any]) -> None:
-    """`NAME.json`, `NAME.md` and, where matplotlib is installed, `NAME.png`; each replaced whole."""
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", json.dumps(result, indent=1) + "\n"), ("md", table(study, result))):
-        part = out / f".{name}.{suffix}"
-        part.write_text(text)
-        os.replace(part, out / f"{name}.{suffix}")
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
-    if study.draw is not None:
-        study.draw(axis, found)
-    else:
-        curves(axis, found, study.picture)
-    axis.set_title(f"{name}: {result['verdict']}", fontsize=10)
-    figure.savefig(out / f"{name}.png", dpi=110)
-    plt.close(figure)
-
-
-def write_verdicts() -> None:
-    """What the catalogue says of each method: gathered from all results."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    found = {m: {"experiment": r["experiment"], "verdict": r["verdict"]} for r in results for m in r["methods"]}
-    found = {m: verdict for m, verdict in found.items() if m in algorithms.names()}  # options of the engine are none
-    VERDICTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+def picture(figure: Any, *, study: Study, found: Mapping[str, Outcome]) -> None:
+    """What the study draws, or the metric it names, step by step."""
+    draw = study.draw or functools.partial(curves, metric=study.picture)
+    draw(figure.subplots(), found)
 
 
 def curves(axis: Any, found: Mapping[str, Outcome], metric: str) -> None:

@@ -17,18 +17,16 @@ shared. That outputs and gradients are the same is what `tests/models/test_prefi
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import bench_prefix
+from pages import RESULTS, field, write
 
 NAME = Path(__file__).stem
 PREFIXES, GROUPS, RESPONSE = (64, 256, 1024), (2, 8, 16), 64
@@ -48,14 +46,14 @@ def main() -> None:
             print(bench_prefix.table(rows[-2:]).splitlines()[-1], file=sys.stderr, flush=True)
     result = {
         "experiment": NAME,
-        **{key: field(key) for key in ("Claim", "Reported", "Rule")},
+        **{key: field(__doc__ or "", key) for key in ("Claim", "Reported", "Rule")},
         "methods": [NAME],
         "verdict": verdict(rows),
         "note": args.note,
         "rows": rows,
     }
     if args.out or not args.smoke:
-        write(args.out or HERE / "results", result)
+        write(args.out or RESULTS, result, page(result), partial(picture, rows=rows), (8, 3.6))
     print(page(result))
 
 
@@ -67,13 +65,6 @@ def verdict(rows: list[dict[str, Any]]) -> str:
         return "reproduced"
     worse = sum(x["flops_ratio"] > 1 or x["cpu_ratio"] > 1 for x in rows)
     return "opposite" if 2 * worse > len(rows) else "not at this scale"
-
-
-def field(title: str) -> str:
-    """The text after `title:` at the top, up to the next blank line or title."""
-    match = re.search(rf"^{title}:\s*(.*?)(?=\n\s*\n|\n[A-Z][a-z]+:|\Z)", __doc__ or "", flags=re.S | re.M)
-    assert match is not None
-    return " ".join(match[1].split())
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -99,22 +90,9 @@ def page(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*top, how.strip(), bench_prefix.table(rows), far]) + "\n"
 
 
-def write(out: Path, result: Mapping[str, Any]) -> None:
-    """`NAME.json`, `NAME.md` and, where matplotlib is installed, `NAME.png`; each replaced whole."""
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", json.dumps(result, indent=1) + "\n"), ("md", page(result))):
-        part = out / f".{NAME}.{suffix}"
-        part.write_text(text)
-        os.replace(part, out / f"{NAME}.{suffix}")
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, constrained_layout=True)
-    rows = result["rows"]
+def picture(figure: Any, rows: list[dict[str, Any]]) -> None:
+    """Ratios against prefix length, forward and gradient."""
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, what in zip(axes, ("forward", "gradient"), strict=True):
         for i, group in enumerate(sorted({row["group"] for row in rows})):
             mine = [row for row in rows if row["pass"] == what and row["group"] == group]
@@ -128,9 +106,6 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("shared / separate")
     axes[0].legend(fontsize=8, frameon=False, title="o FLOPs, x CPU time, -- paper", title_fontsize=8)
-    figure.suptitle(f"{NAME}: {result['verdict']}", fontsize=10)
-    figure.savefig(out / f"{NAME}.png", dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """MinPRO, GSPO, BAPO and REC where rollouts are 1 to 16 updates old.
 
 Command: python experiments/staleness.py
-Time: about 12 minutes on two cores.
+Time: not measured yet.
 Claim: GRPO loses accuracy as rollouts grow stale; prefix ratios (2601.22718), sequence ratios (2507.18071), adaptive
 bounds (2510.18927) and one-sided clipping without ratios (2509.24203) stay stable.
 Reported: with delayed rollouts GRPO and others degrade or collapse, MinPRO stays stable; BAPO keeps entropy; at a

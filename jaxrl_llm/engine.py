@@ -257,16 +257,16 @@ def learner(
 
     def others(state: TrainState, now: dict[str, PyTree], part: Batch, needs: Needs) -> dict[str, tuple[PyTree, Array]]:
         """Parameters and hidden states of the roles whose logits the recipe's measures ask for."""
-        now_and_then = {"elsewhere": now["policy"], "inner": now["policy"], "lagged": state.params.get("lagged")}
-        models = {"old": state.params["policy"], **now_and_then}
+        frozen = jax.lax.stop_gradient(state.params)
+        models = {**frozen, "old": frozen["policy"], "teacher": frozen.get("reference")}
+        models |= {"elsewhere": now["policy"], "inner": now["policy"]}
         found = {}
         for role in sorted(needs.others):
-            rollouts, params = part.rollouts, models.get(role, state.params.get("reference"))
+            rollouts, params = part.rollouts, models[role]
             if role in ("teacher", "elsewhere"):
                 if rollouts.teacher is None:
                     raise ValueError(f"a measure asks for {role!r}, and the rollout slot set no rollouts.teacher")
                 rollouts = dataclasses.replace(rollouts, context=rollouts.teacher)
-            params = params if role in ("elsewhere", "inner") else jax.lax.stop_gradient(params)
             layer = {"layer": layer_of(algorithm.measures)} if role == "inner" else {}
             found[role] = params, policy.hidden(params, rollouts, **layer)
         return found

@@ -137,6 +137,12 @@ def largest(x: Array, mask: Array, count: Array) -> Array:
     return mask & chosen.reshape(x.shape)
 
 
+def first(index: Array, among: Array | None = None) -> Array:
+    """`[B]` bool: whether nobody before (`among [B]`, everybody if None) has the same index."""
+    earlier = jnp.tril(index[:, None] == index, k=-1)
+    return ~(earlier if among is None else earlier & among).any(-1)
+
+
 def discounted_sum(x: Array, decay: Array) -> Array:
     """`y_t = x_t + decay_t * y_{t+1}` over the last axis, in logarithmic depth. Shapes `[... T]`."""
     total: Array = jax.lax.associative_scan(_compose, (decay, x), reverse=True, axis=x.ndim - 1)[1]

@@ -72,8 +72,8 @@ def sample(
         limit=limit,
         until=until,
         own=own,
-        **({} if within is None else {"within": within}),
-        **({} if steer is None else {"steer": steer}),
+        within=within,
+        steer=steer,
     )
     return Rollouts(
         prompts=prompts,

@@ -12,11 +12,11 @@ from jax import Array
 from jaxrl_llm.advantages.group import center, per_group
 from jaxrl_llm.algorithm import Algorithm, PolicyLoss, optional
 from jaxrl_llm.algorithms.dr_grpo import dr_grpo
+from jaxrl_llm.contexts import extend
 from jaxrl_llm.losses.aggregate import token_sum_over
 from jaxrl_llm.losses.entropy import entropy_bonus
 from jaxrl_llm.losses.shaped import shaped_ratio
 from jaxrl_llm.losses.surrogates import unclipped
-from jaxrl_llm.prompts.context import extend
 from jaxrl_llm.prompts.solution import solution
 from jaxrl_llm.rollouts.inject import best_row, injected, with_row
 from jaxrl_llm.types import Prompts, Rollouts, World, split

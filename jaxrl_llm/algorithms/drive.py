@@ -13,8 +13,9 @@ from jax import Array
 
 from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.algorithms.grpo import grpo
-from jaxrl_llm.prompts.choose import first, successes
+from jaxrl_llm.prompts.choose import successes
 from jaxrl_llm.rollouts.ragged import sample_ragged
+from jaxrl_llm.stats import first
 from jaxrl_llm.types import Batch, Problem, Prompts, Rollouts, Stage, World
 
 Pool = dict[str, Any]  # the hardest prompts so far, their pass rates, which are still trained on, and the step

@@ -14,9 +14,9 @@ from jaxrl_llm.advantages.basic import over_tokens, row_reward
 from jaxrl_llm.advantages.group import center_scale
 from jaxrl_llm.algorithm import Algorithm, PolicyLoss
 from jaxrl_llm.algorithms.grpo import grpo
+from jaxrl_llm.contexts import extend
 from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.losses.surrogates import clip_min
-from jaxrl_llm.prompts.context import extend
 from jaxrl_llm.stats import masked_mean
 from jaxrl_llm.types import Batch, Prompts, Rollouts, World
 

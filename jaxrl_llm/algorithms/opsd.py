@@ -10,9 +10,9 @@ from jax import Array
 
 from jaxrl_llm.advantages.basic import uniform
 from jaxrl_llm.algorithm import Algorithm, Slot
+from jaxrl_llm.contexts import extend
 from jaxrl_llm.losses.divergence import Divergence, from_teacher, jensen_shannon
 from jaxrl_llm.losses.measured import MeasuredLoss
-from jaxrl_llm.prompts.context import extend
 from jaxrl_llm.prompts.solution import solution, words
 from jaxrl_llm.rollouts.group import sample_group
 from jaxrl_llm.types import Prompts, Rollouts, World

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_llm.stats import first
 from jaxrl_llm.types import Batch, Prompts
 
 
@@ -39,12 +40,6 @@ def highest(score: Array, index: Array, n: int) -> Array:
     """
     order = jnp.lexsort((-score, ~first(index)))
     return jnp.sort(order[:n])
-
-
-def first(index: Array, among: Array | None = None) -> Array:
-    """`[B]` bool: whether nobody before (`among [B]`, everybody if None) has the same index."""
-    earlier = jnp.tril(index[:, None] == index, k=-1)
-    return ~(earlier if among is None else earlier & among).any(-1)
 
 
 def successes(batch: Batch, *, threshold: float | Array = 0.5) -> tuple[Array, Array]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.prompts.choose import first
-from jaxrl_llm.prompts.context import extend
+from jaxrl_llm.contexts import extend
+from jaxrl_llm.stats import first
 from jaxrl_llm.types import Batch, Context, Problem, Prompts
 
 Corpus = dict[str, Any]  # context [N S], tokens and mask [N T], embedding [N D], index [N] (-1: free), next []

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.prompts.context import extend, widen
+from jaxrl_llm.contexts import extend, widen
 from jaxrl_llm.types import Batch, Context, Prompts, PyTree, record, split
 
 Answer = Callable[[Array, Array], Array]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.prompts.context import extend
+from jaxrl_llm.contexts import extend
 from jaxrl_llm.types import PADDING, Problem, Prompts, Rollouts, Sampling, World
 
 

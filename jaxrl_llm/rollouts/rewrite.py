@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.prompts.context import extend, widen
+from jaxrl_llm.contexts import extend, widen
 from jaxrl_llm.stats import masked_mean
 from jaxrl_llm.types import Context, Prompts, Rollouts, World, split
 

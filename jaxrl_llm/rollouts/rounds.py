@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import betainc
 
-from jaxrl_llm.prompts.context import widen
+from jaxrl_llm.contexts import widen
 from jaxrl_llm.stats import masked_var
 from jaxrl_llm.types import Context, Prompts, Rollouts, World, split
 

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.prompts.choose import first
 from jaxrl_llm.rollouts.resume import buffer
-from jaxrl_llm.stats import masked_mean
+from jaxrl_llm.stats import first, masked_mean
 from jaxrl_llm.types import PADDING, POLICY, Batch, Problem, Rollouts, World
 
 Number = float | Array

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.algorithms import load, mmr1_vas, pcl, prompt_gdro, rollout_gdro, vade
-from jaxrl_llm.prompts.choose import first, highest, successes
+from jaxrl_llm.prompts.choose import highest, successes
 from jaxrl_llm.prompts.difficulty import moved, unvisited, visited
 from jaxrl_llm.prompts.diversity import distinct_ngrams
 from jaxrl_llm.rollouts.ragged import most_probable
+from jaxrl_llm.stats import first
 from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_prompts
 from jaxrl_llm.types import Problem, World
 
@@ -293,7 +294,10 @@ def test_prompt_gdro_shares_and_weights():
 
 def test_prompt_gdro_shares_are_the_slope_of_the_entropic_loss():
     losses, present = jnp.array([0.2, 0.5, 1.0]), jnp.ones(3, bool)
-    entropic = lambda x: jax.nn.logsumexp(0.65 * x) / 0.65  # noqa: E731
+
+    def entropic(x):
+        return jax.nn.logsumexp(0.65 * x) / 0.65
+
     close(entropic(losses), 2.292760)
     close(prompt_gdro.bin_shares(losses, present, eta=0.65, gamma=0.0), jax.grad(entropic)(losses))
 

@@ -304,7 +304,9 @@ def policy_at(logp):
             rollouts, prompts=prompts, context=jax.tree.map(lambda x: x[:, None], prompts.context)
         )
 
-    score = lambda role, rollouts: Scores(logp=jnp.where(rollouts.mask, logp, 0.0))  # noqa: E731
+    def score(role, rollouts):
+        return Scores(logp=jnp.where(rollouts.mask, logp, 0.0))
+
     return World(sample=sample, score=score, reward=None, models={}, step=jnp.zeros((), jnp.int32), length=2)
 
 

@@ -36,7 +36,10 @@ def params(policy):
 def world(policy, letters, params):
     """About every fifth token ends a response; its reward is its length."""
     task = dataclasses.replace(letters, stop=tuple((i,) for i in range(10, 22)))
-    lengths = lambda rollouts: rollouts.mask.sum(-1).astype(jnp.float32)  # noqa: E731
+
+    def lengths(rollouts):
+        return rollouts.mask.sum(-1).astype(jnp.float32)
+
     return lambda step: toy_world(policy, task, params, length=T, step=step, sampling=SAMPLING, reward=lengths)
 
 

@@ -103,7 +103,10 @@ def test_the_clone_becomes_the_reference_and_the_optimiser_begins_anew():
     state = optimizer.init(start)
     used = optimizer.update({"w": jnp.array([1.0, -1.0])}, state, start)[1]
     models = ({"policy": start, "reference": {"w": jnp.zeros(2)}}, {"policy": used})
-    stay = lambda models, batch: (models, {})  # noqa: E731
+
+    def stay(models, batch):
+        return (models, {})
+
     for step, switched in ((3, False), (4, True), (5, False)):
         (params, states), _ = restarting(KEY, models, at(step), stay, step=5)
         np.testing.assert_array_equal(params["reference"]["w"], start["w"] if switched else [0, 0])

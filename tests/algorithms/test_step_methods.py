@@ -193,7 +193,10 @@ def quadratic():
         asked.append(models[0]["policy"])
 
     learn = fake_learn(None, world=world)
-    gradient = lambda models, batch, loss=None: ((jnp.zeros(()), {}), {"policy": models[0]["policy"]})  # noqa: E731
+
+    def gradient(models, batch, loss=None):
+        return ((jnp.zeros(()), {}), {"policy": models[0]["policy"]})
+
     return dataclasses.replace(learn, gradient=gradient), dataclasses.replace(batch, rollouts=rollouts), asked
 
 

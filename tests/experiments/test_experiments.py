@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
+import harness
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import Arm, Comparison, Outcome, Study
 
 from jaxrl_llm import algorithms
 
 FOLDER = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(FOLDER))
-
-import harness  # noqa: E402
-from harness import Arm, Comparison, Outcome, Study  # noqa: E402
-
 STUDIES = sorted(p.stem for p in FOLDER.glob("*.py") if "STUDY =" in p.read_text())
 
 
