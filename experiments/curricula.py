@@ -23,6 +23,11 @@ def informative(outcome: Outcome) -> np.ndarray:
     return 1 - outcome.mean("zero_variance_groups")
 
 
+def steps(outcome: Outcome) -> np.ndarray:
+    """Until half of the sampled answers to held-out problems were right."""
+    return outcome.steps_to(0.5)
+
+
 STUDY = Study(
     methods=("vade", "pcl", "prompt_gdro"),
     # Few enough prompts to meet each of them often; 16 groups of 8 a step for every arm.
@@ -36,11 +41,15 @@ STUDY = Study(
     comparisons=(
         Comparison(text="vade: share of informative groups", arm="vade", base="uniform", value=informative),
         Comparison(text="pcl: share of informative groups", arm="pcl", base="uniform", value=informative),
+        Comparison(text="vade: steps to 0.5 held out", arm="vade", base="uniform", value=steps, sign=-1),
+        Comparison(text="pcl: steps to 0.5 held out", arm="pcl", base="uniform", value=steps, sign=-1),
+        Comparison(text="prompt_gdro: steps to 0.5 held out", arm="prompt_gdro", base="uniform", value=steps, sign=-1),
         Comparison(text="vade: held-out accuracy", arm="vade", base="uniform", value="avg@16"),
         Comparison(text="pcl: held-out accuracy", arm="pcl", base="uniform", value="avg@16"),
         Comparison(text="prompt_gdro: pass@8", arm="prompt_gdro", base="uniform", value="pass@8"),
     ),
     columns=("accuracy", "avg@16", "pass@8", "zero_variance_groups"),
+    watch=20,
     picture="zero_variance_groups",
 )
 

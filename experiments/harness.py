@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from pages import RESULTS, field, grid, spread, write, write_verdicts
+from pages import RESULTS, curves, field, grid, spread, write, write_verdicts
 
 from jaxrl_llm import tasks
 from jaxrl_llm.advantages.basic import uniform
@@ -40,7 +40,7 @@ from jaxrl_llm.policy import Policy, language_model
 from jaxrl_llm.rollouts.logged import logged
 from jaxrl_llm.run import run
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import PyTree, Sampling
+from jaxrl_llm.types import PyTree, Sampling, TrainState
 from jaxrl_llm.updates.optimizer import adamw
 
 TUNING = 1000  # seeds from here on find learning rates and nothing else
@@ -87,12 +87,13 @@ class Outcome:
         """`[seeds]`: the mean over all of training."""
         return self.curves[metric].mean(1)
 
-    def steps_to(self, metric: str, target: float, window: int = 10) -> np.ndarray:
-        """`[seeds]`: the first step at which the mean of `window` steps reaches `target`; one more than all if none."""
-        curve = self.curves[metric]
-        smooth = np.stack([np.convolve(row, np.ones(window) / window, "valid") for row in curve])
-        reached = smooth >= target
-        return np.where(reached.any(1), reached.argmax(1) + window, curve.shape[1] + 1).astype(float)
+    def steps_to(self, target: float) -> np.ndarray:
+        """`[seeds]`: steps until the held-out accuracy was first `target`; one evaluation more than all if never."""
+        curve, steps = self.curves["held_out"], self.curves["loss"].shape[1]
+        evaluations = curve.shape[1]
+        reached = curve >= target
+        first = np.where(reached.any(1), reached.argmax(1), evaluations)
+        return (first + 1) * (steps / evaluations)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,7 @@ class Study:
 
     task: `tasks.load` name and options.
     warm: supervised steps before.
+    watch: also evaluates every so many steps: `curves["held_out"]`, avg@16, `[seeds, evaluations]`.
     choose: by what the learning rate is chosen (higher is better), on the tuning seeds.
     columns: values and `late` curves shown in the table.
     picture: the metric that is drawn, step by step.
@@ -134,6 +136,7 @@ class Study:
     width: int = 32
     warm: int = 600
     steps: int = 300
+    watch: int = 0
     prompts: int = 16
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     choose: str = "accuracy"
@@ -156,6 +159,7 @@ def main(doc: str, file: str, study: Study, arguments: list[str] | None = None) 
             study,
             steps=2,
             warm=2,
+            watch=min(study.watch, 1),
             rates=study.rates[:1],
             arms={key: dataclasses.replace(arm, steps=arm.steps and 2) for key, arm in study.arms.items()},
         )
@@ -274,7 +278,16 @@ def train(
         parts = learner(arm.first[0], params=params, optimizer=adamw(rate), **options)
         params = run(parts, key, before, scan=before)[0].params["policy"]
     parts = learner(recipe, params=params, optimizer=adamw(rate), **options)
-    state, metrics = run(parts, key, steps - before, scan=steps - before)
+    if not study.watch:
+        state, metrics = run(parts, key, steps - before, scan=steps - before)
+        return evaluate(policy, task, state.params["policy"]), metrics
+
+    def some(state: TrainState, _: None) -> tuple[TrainState, dict[str, Array]]:
+        state, metrics = run(parts, None, study.watch, state=state, scan=study.watch)
+        return state, {**metrics, "held_out": evaluate(policy, task, state.params["policy"])["avg@16"]}
+
+    state, metrics = jax.lax.scan(some, parts.init(key), length=(steps - before) // study.watch)
+    metrics = {name: x.reshape(-1) for name, x in metrics.items()}
     return evaluate(policy, task, state.params["policy"]), metrics
 
 
@@ -385,16 +398,3 @@ def picture(figure: Any, *, study: Study, found: Mapping[str, Outcome]) -> None:
     """What the study draws, or the metric it names, step by step."""
     draw = study.draw or functools.partial(curves, metric=study.picture)
     draw(figure.subplots(), found)
-
-
-def curves(axis: Any, found: Mapping[str, Outcome], metric: str) -> None:
-    """Mean over seeds, smoothed over ten steps, and the range of the seeds."""
-    for name, outcome in found.items():
-        y = outcome.curves[metric]
-        window = min(10, y.shape[1])
-        y = np.stack([np.convolve(row, np.ones(window) / window, "valid") for row in y])
-        x = np.arange(y.shape[1]) + window
-        (line,) = axis.plot(x, y.mean(0), lw=1.6, label=name)
-        axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
-    axis.set(xlabel="step", ylabel=metric)
-    axis.legend(fontsize=8, frameon=False)

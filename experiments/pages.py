@@ -74,3 +74,16 @@ def write_verdicts() -> None:
     found = {m: {"experiment": r["experiment"], "verdict": r["verdict"]} for r in results for m in r["methods"]}
     found = {m: verdict for m, verdict in found.items() if m in algorithms.names()}  # options of the engine are none
     VERDICTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+
+
+def curves(axis: Any, found: Mapping[str, Any], metric: str) -> None:
+    """Mean over seeds, smoothed over ten steps, and the range of the seeds; `found` by arm, with `curves[metric]`."""
+    for name, outcome in found.items():
+        y = outcome.curves[metric]
+        window = min(10, y.shape[1])
+        y = np.stack([np.convolve(row, np.ones(window) / window, "valid") for row in y])
+        x = np.arange(y.shape[1]) + window
+        (line,) = axis.plot(x, y.mean(0), lw=1.6, label=name)
+        axis.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15, lw=0)
+    axis.set(xlabel="step", ylabel=metric)
+    axis.legend(fontsize=8, frameon=False)

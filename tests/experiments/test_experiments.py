@@ -76,8 +76,9 @@ def test_a_study_is_as_good_as_its_worst_main_comparison():
 
 
 def test_steps_to_a_target():
-    o = outcome([0.0, 0.0], curve=[[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
-    assert o.steps_to("reward/mean", 1.0, window=2).tolist() == [4, 7]
+    held_out = np.array([[0.0, 0.6, 0.4], [0.0, 0.1, 0.2]])
+    o = Outcome(rate=1.0, values={}, curves={"loss": np.zeros((2, 30)), "held_out": held_out})
+    assert o.steps_to(0.5).tolist() == [20, 40]
 
 
 def test_a_smoke_run_writes_a_table_a_file_and_says_its_seeds(tmp_path, capsys):
@@ -90,6 +91,7 @@ def test_a_smoke_run_writes_a_table_a_file_and_says_its_seeds(tmp_path, capsys):
         comparisons=(Comparison(text="the same", arm="again", base="grpo"),),
         methods=("grpo",),
         prompts=2,
+        watch=10,
     )
     harness.main(doc, "same.py", study, ["--smoke", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "same.json").read_text())
