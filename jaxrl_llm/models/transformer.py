@@ -1,8 +1,11 @@
-"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (Qwen2, Qwen3, Llama)."""
+"""A decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
+
+Llama, Mistral, Qwen2, Qwen3, Qwen3 MoE, Gemma 2 and Gemma 3 are switches of `TransformerConfig`. They are read while a
+program is made: what a model does not have is not in it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,74 +15,55 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxrl_llm.models.attention import causal, one_token, rotary, rotate, shared_prefix, write
+from jaxrl_llm.models.attention import Rule, causal, one_token, rotary, rotate, shared_prefix, write
+from jaxrl_llm.models.config import RopeScaling, TransformerConfig
+from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.types import Context, PyTree
 
+__all__ = ["Block", "RMSNorm", "RopeScaling", "Transformer", "TransformerConfig", "transformer"]
+
 Attend = Callable[..., tuple[Array, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Sizes and switches, under the names of Hugging Face configurations where they have one.
-
-    Raises:
-      ValueError: sizes that do not fit each other.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3
-    tie_word_embeddings: bool = True
-    dtype: Any = jnp.float32  # of the computation; parameters are float32
-    # None, "full", or the name of a policy in jax.checkpoint_policies. Keeping only what weights were multiplied into
-    # halves the memory of a gradient and is faster than writing and reading back the rest.
-    remat: str | None = "dots_with_no_batch_dims_saveable"
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if self.remat not in (None, "full") and not hasattr(jax.checkpoint_policies, self.remat):
-            raise ValueError(f"remat must be None, 'full' or a name in jax.checkpoint_policies, got {self.remat!r}")
+Angles = tuple[Array, Array] | tuple[tuple[Array, Array], tuple[Array, Array]]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * scale`, computed in float32 (1910.07467)."""
+    """`x / rms(x) * scale`, or `* (1 + scale)` with `unit_offset`, computed in float32 (1910.07467)."""
 
     eps: float
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        start = nn.initializers.zeros_init() if self.unit_offset else nn.initializers.ones_init()
+        scale = self.param("scale", start, (x.shape[-1],), jnp.float32)
+        if self.unit_offset:
+            scale = 1.0 + scale.astype(jnp.float32)
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * scale).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """One layer, token by token; tokens meet only in `attend(q, k, v, seen) -> (out, kept)`."""
+    """One layer, token by token; tokens meet only in `attend(q, k, v, seen, rule) -> (out, kept)`.
+
+    `local` says whether this layer has the sliding window: a Python bool, an array where layers differ in one scan, or
+    None where they are all alike.
+    """
 
     config: TransformerConfig
     attend: Attend
 
     @nn.compact
-    def __call__(self, x: Array, angles: tuple[Array, Array], seen: PyTree) -> tuple[Array, Any]:
+    def __call__(self, x: Array, angles: Angles, seen: PyTree, local: bool | Array | None = None) -> tuple[Array, Any]:
         c = self.config
+        angles, rule = _of_layer(c, angles, local)
         dense = functools.partial(nn.Dense, dtype=c.dtype, param_dtype=jnp.float32, use_bias=False, dot_general=_rows)
-        norm = functools.partial(RMSNorm, c.rms_norm_eps)
+        norm = functools.partial(RMSNorm, c.rms_norm_eps, c.unit_offset_norm)
 
         h = norm(name="input_norm")(x)
         q = dense(c.num_attention_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
@@ -88,13 +72,19 @@ class Block(nn.Module):
         q, k, v = (y.reshape(*y.shape[:-1], -1, c.head_dim) for y in (q, k, v))
         if c.qk_norm:
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        out, kept = self.attend(rotate(q, *angles), rotate(k, *angles), v, seen)
-        x = x + dense(c.hidden_size, name="o_proj")(out.reshape(*out.shape[:-2], -1))
+        out, kept = self.attend(rotate(q, *angles), rotate(k, *angles), v, seen, rule)
+        out = dense(c.hidden_size, name="o_proj")(out.reshape(*out.shape[:-2], -1))
+        x = x + (norm(name="post_attention_norm")(out) if c.sandwich_norms else out)
 
-        h = norm(name="mlp_norm")(x)
-        gate = dense(c.intermediate_size, name="gate_proj")(h)
-        up = dense(c.intermediate_size, name="up_proj")(h)
-        return x + dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up), kept
+        h, act = norm(name="mlp_norm")(x), ACTIVATIONS[c.hidden_act]
+        if c.num_experts:
+            weights, chosen = _routed(c, dense(c.num_experts, name="router")(h))
+            out = Experts(c.num_experts, c.moe_intermediate_size, act, c.dtype, name="experts")(h, weights, chosen)
+        else:
+            gate = dense(c.intermediate_size, name="gate_proj")(h)
+            up = dense(c.intermediate_size, name="up_proj")(h)
+            out = dense(c.hidden_size, name="down_proj")(act(gate) * up)
+        return x + (norm(name="post_mlp_norm")(out) if c.sandwich_norms else out), kept
 
 
 class Transformer(nn.Module):
@@ -114,10 +104,10 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_hidden_layers,
         )(c, self.attend)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = RMSNorm(c.rms_norm_eps, c.unit_offset_norm)
         if not c.tie_word_embeddings:
             self.lm_head = self.param(
                 "lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size), jnp.float32
@@ -125,13 +115,15 @@ class Transformer(nn.Module):
 
     def __call__(self, tokens: Array, positions: Array, seen: PyTree) -> tuple[Array, Any]:
         """`tokens`, `positions` `[M L]` -> the last block's output `[M L D]`, what `attend` kept of each layer."""
-        x = self.embedding(tokens)
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        out: tuple[Array, Any] = self.layers(x, angles, seen)
+        x, sliding = self.embedding(tokens), self.config.sliding
+        local = jnp.array(sliding) if len(set(sliding)) > 1 else None
+        out: tuple[Array, Any] = self.layers(x, _angles(self.config, positions), seen, local)
         return out
 
     def embedding(self, tokens: Array) -> Array:
-        return self.embed[tokens].astype(self.config.dtype)
+        x = self.embed[tokens].astype(self.config.dtype)
+        # The factor is rounded to the type it is used in, as in training.
+        return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
     def final(self, x: Array) -> Array:
         return self.norm(x)
@@ -141,7 +133,9 @@ class Transformer(nn.Module):
         c = self.config
         kernel = self.embed.T if c.tie_word_embeddings else self.lm_head
         contract = (((hidden.ndim - 1,), (0,)), ((), ()))
-        return _rows(hidden.astype(c.dtype), kernel.astype(c.dtype), contract, preferred_element_type=jnp.float32)
+        logits = _rows(hidden.astype(c.dtype), kernel.astype(c.dtype), contract, preferred_element_type=jnp.float32)
+        cap = c.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def everything(self, tokens: Array, positions: Array, seen: PyTree) -> Array:
         return self.unembed(self.final(self(tokens, positions, seen)[0]))
@@ -172,11 +166,11 @@ def transformer(config: TransformerConfig) -> Model:
         # Input t carries token t - 1: it exists if that token does, and the context's last token always does.
         exists = jnp.concatenate([jnp.ones((m, r, 1), bool), attended[..., :-1]], axis=-1)
         own = jnp.tril(jnp.ones((t, t), bool)) & exists[:, :, None, :]
-        few = dataclasses.replace(c, num_hidden_layers=layer + 1)
+        few = c.first_layers(layer + 1)
         model = Transformer(few, functools.partial(_attend_group, responses=r))
         if few != c:
             params = {**params, "layers": jax.tree.map(lambda x: x[: layer + 1], params["layers"])}
-        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own))
+        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own, offset))
         return jnp.asarray(x)[:, s:].reshape(m, r, t, -1)
 
     def hidden(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array) -> Array:
@@ -226,12 +220,12 @@ def transformer(config: TransformerConfig) -> Model:
         whole = bind(_attend_self)
         x: Any = whole.apply(outer, inputs, method="embedding")
         position = offset[:, None] + jnp.broadcast_to(t, inputs.shape)
-        angles = rotary(position, c.head_dim, c.rope_theta)
+        angles = _angles(c, position)
         block = Block(c, _attend_cache)
         new: list[Any] = []
         for i, layer in enumerate(params["layers"]):
-            seen = (*prefix[i], mask, *cache[i], t, t if column is None else column)
-            x, kept = block.apply({"params": layer}, x, angles, seen)
+            seen = (*prefix[i], mask, *cache[i], offset, t, t if column is None else column)
+            x, kept = block.apply({"params": layer}, x, angles, seen, c.sliding[i])
             new.append(kept)
         x = whole.apply(outer, x, method="final")
         return x, new
@@ -259,26 +253,58 @@ def _rows(x: Array, kernel: Array, contract: Any, **options: Any) -> Array:
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _attend_self(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, None]:
-    return causal(q, k, v, seen), None
+def _angles(c: TransformerConfig, positions: Array) -> Angles:
+    """Cosines and sines; of full layers and of sliding ones, if these turn at another pace."""
+    full = rotary(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+    return full if c.rope_local_base_freq is None else (full, rotary(positions, c.head_dim, c.rope_local_base_freq))
 
 
-def _attend_keep(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, tuple[Array, Array]]:
-    return causal(q, k, v, seen), (jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2))
+def _of_layer(c: TransformerConfig, angles: Any, local: bool | Array | None) -> tuple[tuple[Array, Array], Rule]:
+    """What this layer turns by, and what it sees."""
+    local = c.sliding[0] if local is None else local
+    scale = (c.head_dim if c.query_pre_attn_scalar is None else c.query_pre_attn_scalar) ** -0.5
+    rule = Rule(scale=scale, cap=c.attn_logit_softcapping, window=c.sliding_window)
+    full, near = (angles, angles) if c.rope_local_base_freq is None else angles
+    if not isinstance(local, bool):
+        turned = full if near is full else jax.tree.map(functools.partial(jnp.where, local), near, full)
+        return turned, rule._replace(local=local)
+    return (near, rule) if local else (full, rule._replace(window=None))
 
 
-def _attend_group(q: Array, k: Array, v: Array, seen: tuple[Array, Array], *, responses: int) -> tuple[Array, None]:
+def _routed(c: TransformerConfig, logits: Array) -> tuple[Array, Array]:
+    """Weights float32 and indices of the experts a token goes to, each `[... num_experts_per_tok]`."""
+    share = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(share, c.num_experts_per_tok)
+    return weights / weights.sum(-1, keepdims=True) if c.norm_topk_prob else weights, chosen
+
+
+def _attend_self(q: Array, k: Array, v: Array, seen: Array, rule: Rule) -> tuple[Array, None]:
+    return causal(q, k, v, seen, rule), None
+
+
+def _attend_keep(q: Array, k: Array, v: Array, seen: Array, rule: Rule) -> tuple[Array, tuple[Array, Array]]:
+    return causal(q, k, v, seen, rule), (jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2))
+
+
+def _attend_group(
+    q: Array, k: Array, v: Array, seen: tuple[Array, Array, Array], rule: Rule, *, responses: int
+) -> tuple[Array, None]:
     """Prefix tokens attend to themselves, each response to the prefix and itself; `[M, S + R * T, ...]`."""
-    prefix, own = seen
+    prefix, own, offset = seen
     m, s = prefix.shape
     (pq, rq), (pk, rk), (pv, rv) = ((x[:, :s], x[:, s:].reshape(m, responses, -1, *x.shape[2:])) for x in (q, k, v))
-    out = shared_prefix(rq, (pk, pv, prefix), (rk, rv, own))
-    return jnp.concatenate([causal(pq, pk, pv, prefix), out.reshape(m, -1, *q.shape[2:])], axis=1), None
+    far, t = prefix, jnp.arange(rq.shape[2])
+    if rule.limits(s + t.size):
+        # Prefix key s stands at s, response key t at offset + t.
+        far = prefix[:, None] & rule.near((offset[:, None] + t)[..., None] - jnp.arange(s))
+        own &= rule.near(t[:, None] - t)
+    out = shared_prefix(rq, (pk, pv, far), (rk, rv, own), rule)
+    return jnp.concatenate([causal(pq, pk, pv, prefix, rule), out.reshape(m, -1, *q.shape[2:])], axis=1), None
 
 
-def _attend_cache(q: Array, k: Array, v: Array, seen: Any) -> tuple[Array, tuple[Array, Array]]:
+def _attend_cache(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[Array, tuple[Array, Array]]:
     """One new token per response, `[M R H d]`: writes its key and value and attends to the `t` before it and itself."""
-    pk, pv, pmask, ck, cv, t, column = seen
+    pk, pv, pmask, ck, cv, offset, t, column = seen
     place, lead = jnp.arange(ck.shape[-1]), ck.shape[:-2]
     new_k, new_v = k.reshape(*lead, -1), v.reshape(*lead, -1)
     if column.ndim:
@@ -289,5 +315,10 @@ def _attend_cache(q: Array, k: Array, v: Array, seen: Any) -> tuple[Array, tuple
     else:
         ck, cv = write(ck, new_k, column, -1), write(cv, new_v, column, -2)
     age = column[..., None] - place
-    own = jnp.where(age < 0, age + place.size, age) <= t[..., None]  # a remainder, without a division per element
-    return one_token(q, (pk, pv, pmask), (ck, cv, own)), (ck, cv)
+    age = jnp.where(age < 0, age + place.size, age)  # a remainder, without a division per element
+    own = age <= t[..., None]
+    if rule.limits(pk.shape[-1] + place.size):
+        position = jnp.broadcast_to(offset[:, None] + t, q.shape[:2])
+        pmask = pmask[:, None] & rule.near(position[..., None] - jnp.arange(pk.shape[-1]))
+        own &= rule.near(age)
+    return one_token(q, (pk, pv, pmask), (ck, cv, own), rule), (ck, cv)
