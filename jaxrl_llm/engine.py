@@ -20,7 +20,7 @@ from jaxrl_llm.algorithm import Algorithm, layer_of, numbers, with_numbers
 from jaxrl_llm.models.heads import Critic
 from jaxrl_llm.needs import BATCH_SLOTS, Loss, Needs, keys_of, needs_of, of_recipe, stages_of
 from jaxrl_llm.policy import Policy
-from jaxrl_llm.sharding import on_all, over_data
+from jaxrl_llm.sharding import as_state, of_state, on_all, on_mesh, over_data, place_state
 from jaxrl_llm.stages import write
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import (
@@ -77,7 +77,8 @@ def learner(
       accumulate: micro-batches per optimiser step; changes memory, not the result.
       verify: where a verifier that runs on the host is asked. "inside": by a callback, the step being one program.
         "between": the step is two programs (collect, learn) with the verifier between them.
-      mesh: splits the prompts of each step over its axis `data` (see `sharding.data_mesh`); the state stays whole.
+      mesh: the devices, see `sharding.mesh`; the step's prompts are split over `data` and `fsdp`, its state as
+          `sharding.TABLE` says. `init` makes it there.
 
     Returns:
       `Learner(init, step)`. `step(state, prompts=None)` draws prompts from the task if given none.
@@ -95,7 +96,9 @@ def learner(
     optimizers = {"policy": optimizer or adamw(1e-6), "critic": critic_optimizer or adamw(1e-5)}
     ask, example = outside.verifier(task), outside.example(task, prompts_per_step)
 
-    def init(key: Array, needs: Needs) -> TrainState:
+    def init(
+        key: Array, needs: Needs, params: PyTree | None = params, reference: PyTree | None = reference
+    ) -> TrainState:
         keys = split(key, "policy", "critic", "run")
         models = {"policy": policy.init(keys["policy"]) if params is None else _copy(params)}
         if needs.keeps_reference:
@@ -140,7 +143,8 @@ def learner(
             memory["rollout"], keys["rollout"], world_of(state), prompts
         )
         prompts = dataclasses.replace(rollouts.prompts, logged=None)  # rollouts alone read what was logged
-        return dataclasses.replace(state, memory=memory), dataclasses.replace(rollouts, prompts=prompts)
+        rollouts = over_data(mesh, dataclasses.replace(rollouts, prompts=prompts))
+        return dataclasses.replace(state, memory=memory), rollouts
 
     def world_of(state: TrainState) -> World:
         return World(
@@ -171,9 +175,9 @@ def learner(
             batch,
             trainer(state, recipe, loss, needs),
         )
-        memory = on_all(mesh, {slot: stage.observe(memory[slot], batch) for slot, stage in stages.items()})
+        memory = {slot: stage.observe(memory[slot], batch) for slot, stage in stages.items()}
         new = dataclasses.replace(state, step=state.step + 1, params=models[0], opt_state=models[1], memory=memory)
-        return new, {**measure.of_batch(batch, scored), **measured}
+        return as_state(mesh, new), on_all(mesh, {**measure.of_batch(batch, scored), **measured})
 
     def trainer(state: TrainState, recipe: Algorithm, loss: Loss, needs: Needs) -> Learn:
         """What the update slot is given."""
@@ -209,6 +213,7 @@ def learner(
             trained = {role: models[0][role] for role in models[1]}
             batch = whole(models, batch, other)
             (value, found), slopes = micro.value_and_grad(objective(models, batch, other), trained, batch, accumulate)
+            slopes = as_state(mesh, slopes, "params")
             return (value, {"loss": value, **measure.summarise(found, batch)}), slopes
 
         def step(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> tuple[Models, Metrics]:
@@ -292,18 +297,30 @@ def learner(
             "or critic=heads.value_head(width)"
         )
 
-    def step(state: TrainState, prompts: Prompts | None = None) -> tuple[TrainState, Metrics]:
-        state, rollouts = collect(state, prompts)
-        return learn(state, rollouts, ask(rollouts, inside=True), needs)
+    first, second = on_mesh(mesh, collect), on_mesh(mesh, functools.partial(learn, needs=needs))
 
-    first, second = jax.jit(collect), jax.jit(functools.partial(learn, needs=needs))
+    def step(state: TrainState, prompts: Prompts | None = None) -> tuple[TrainState, Metrics]:
+        state, rollouts = first(state, prompts)
+        return second(state, rollouts, ask(rollouts, inside=True))
+
+    first_alone, second_alone = jax.jit(first), jax.jit(second)
 
     def step_in_two(state: TrainState, prompts: Prompts | None = None) -> tuple[TrainState, Metrics]:
-        state, rollouts = first(state, prompts)
-        return second(state, rollouts, ask(rollouts, inside=False))  # type: ignore[no-any-return]
+        state, rollouts = first_alone(state, prompts)
+        return second_alone(state, rollouts, ask(rollouts, inside=False))  # type: ignore[no-any-return]
+
+    def start(key: Array) -> TrainState:
+        made = functools.partial(init, needs=needs)
+        if mesh is None:
+            return made(key)
+        where = of_state(mesh, jax.eval_shape(made, key))
+        given = {"params": params, "reference": reference}
+        given = {name: place_state(mesh, tree, "params") for name, tree in given.items()}
+        state: TrainState = jax.jit(made, out_shardings=where)(key, **given)
+        return state
 
     inside = verify == "inside"
-    return Learner(functools.partial(init, needs=needs), step if inside else step_in_two, compiled=inside)
+    return Learner(start, step if inside else step_in_two, compiled=inside)
 
 
 def _strong(x: Any) -> Array:

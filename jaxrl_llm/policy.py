@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxrl_llm.models.heads import hidden_states
 from jaxrl_llm.models.model import Model, separate_prefixes
 from jaxrl_llm.rollouts.distribution import log_prob
 from jaxrl_llm.rollouts.sampler import sample
+from jaxrl_llm.sharding import gathered, placed
 from jaxrl_llm.types import PyTree, Rollouts, Samples, Sampling, Scores, masked
 
 Head = Callable[[Array], Array]
@@ -58,15 +60,21 @@ def language_model(
           for each row. Changes cost, not the result. A critic with a trunk of its own is told by its own model:
           `critic(separate_prefixes(model))`.
     """
+    model = placed(model)
     scored = model if share_prefix else separate_prefixes(model)
     return Policy(
         vocab=model.vocab,
         init=model.init,
-        sample=functools.partial(sample, model, slots=slots),
+        sample=functools.partial(generate, model, slots=slots),
         score=functools.partial(score, scored, logits_bytes=logits_bytes),
         hidden=functools.partial(hidden_states, scored),
         width=model.width,
     )
+
+
+def generate(model: Model, params: PyTree, *args: Any, **options: Any) -> Samples:
+    """`rollouts.sampler.sample`; what every token needs of weights that are split over devices is fetched once."""
+    return sample(model, gathered(params, but="layers"), *args, **options)
 
 
 def mean_logp(logits: Array, tokens: Array, hidden: Array) -> Array:

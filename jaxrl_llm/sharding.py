@@ -1,20 +1,112 @@
-"""Where arrays live. The only file that names a device.
+"""Where arrays live: a mesh, and one table from the path of an array to the mesh axes its dimensions are split over.
 
-A step's prompts are split over the mesh axis `data`; parameters, optimiser and memory are whole on every device.
+====================  =============================================================================================
+`data`                prompts, their rollouts and the sampler's cache; weights are copied
+`fsdp`                as `data`, and the weights too: gathered where they are used, gradients scattered back
+`tensor`              heads, the inner width of the MLP and the vocabulary: each device computes its part of a layer
+====================  =============================================================================================
+
+A recipe, a model and a stage know nothing of it. What the table does not name is whole on every device. An axis whose
+size does not divide a dimension is left out there: the array is then whole along that axis, which costs memory and
+changes no result.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_llm.models.model import Model
 from jaxrl_llm.types import PyTree
+
+T = TypeVar("T")
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # what prompts, and all that is made of them, are split over
+LARGE = 2**20  # bytes from which a stage's memory is worth splitting
+
+Axis = str | tuple[str, ...] | None
+Rule = tuple[Axis, ...] | Callable[[tuple[int, ...], int, Mapping[str, int]], tuple[Axis, ...]]
+
+
+def longest(shape: tuple[int, ...], nbytes: int, mesh: Mapping[str, int]) -> tuple[Axis, ...]:
+    """The longest dimension of a matrix that `fsdp` divides."""
+    fits = [i for i, n in enumerate(shape) if n % mesh.get("fsdp", 1) == 0] if len(shape) > 1 else []
+    chosen = max(fits, key=lambda i: shape[i], default=None)
+    return tuple("fsdp" if i == chosen else None for i in range(len(shape)))
+
+
+def leading(shape: tuple[int, ...], nbytes: int, mesh: Mapping[str, int]) -> tuple[Axis, ...]:
+    """The first dimension (the rows of the data set, of a queue ...) of an array that is not small."""
+    return (ROWS,) + (None,) * (len(shape) - 1) if shape and nbytes >= LARGE else ()
+
+
+# The first line that is found in a path decides. Axes are those of the last dimensions: layers, experts, seeds and
+# whatever else arrays are stacked along come before them and stay whole. Optimiser states, and memories that hold
+# parameters, have paths that end like those of the parameters.
+_KERNEL = r"/kernel(/array)?(/qvalue|/scale|/zero_point)?$"
+TABLE: tuple[tuple[str, Rule], ...] = (
+    (r"/embed$", ("tensor", "fsdp")),
+    (r"/lm_head$", ("fsdp", "tensor")),
+    (r"/(q|k|v|gate|up)_proj" + _KERNEL, ("fsdp", "tensor")),
+    (r"/(o|down)_proj" + _KERNEL, ("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)_proj/bias$", ("tensor",)),
+    (r"/(q|k|v|gate|up)_proj/kernel_lora_a$", ("fsdp", None)),
+    (r"/(q|k|v|gate|up)_proj/kernel_lora_b$", (None, "tensor")),
+    (r"/(o|down)_proj/kernel_lora_a$", ("tensor", None)),
+    (r"/(o|down)_proj/kernel_lora_b$", (None, "fsdp")),
+    (r"(norm/scale|/bias)$", ()),
+    (r"^(params|opt_state)/", longest),  # another model's
+    (r"^memory/", leading),
+)
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh `data x fsdp x tensor`, neighbours along `tensor`.
+
+    Args:
+      data, fsdp, tensor: devices along each axis; one of them may be -1: all that the others leave.
+      devices: which, all there are if None. Those of a described topology serve to compile for it.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    found = list(jax.devices() if devices is None else devices)
+    rest = [name for name, n in sizes.items() if n == -1]
+    known = math.prod(n for n in sizes.values() if n != -1)
+    said = ",".join(f"{name}={n}" for name, n in sizes.items())
+    if any(n < 1 and n != -1 for n in sizes.values()) or len(rest) > 1:
+        raise ValueError(f"mesh sizes must be at least 1, and one of them may be -1 (the rest), got {said}")
+    if len(found) % known or (not rest and known != len(found)):
+        raise ValueError(f"a mesh of {said} needs {'a multiple of ' if rest else ''}{known} devices, got {len(found)}")
+    sizes |= {name: len(found) // known for name in rest}
+    return jax.make_mesh(tuple(sizes.values()), AXES, devices=found, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse(text: str) -> dict[str, int]:
+    """The arguments of `mesh` as a command line has them: `data=2,fsdp=-1`.
+
+    Raises:
+      ValueError: something else.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    sizes = {name.strip(): size.strip() for name, _, size in pairs}
+    if len(sizes) < len(pairs) or set(sizes) - set(AXES) or not all(re.fullmatch(r"-1|\d+", n) for n in sizes.values()):
+        raise ValueError(f"a mesh is written as data=2,fsdp=-1,tensor=4, each axis at most once, got {text!r}")
+    return {name: int(size) for name, size in sizes.items()}
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with one axis `data` over the first `devices` devices (all if None).
+    """A mesh over the first `devices` devices (all if None), all along `data`.
 
     Raises:
       ValueError: there are not that many devices.
@@ -23,28 +115,171 @@ def data_mesh(devices: int | None = None) -> Mesh:
     n = len(found) if devices is None else devices
     if n > len(found):
         raise ValueError(f"asked for {n} devices, JAX sees {len(found)}")
-    return jax.make_mesh((n,), ("data",), devices=found[:n], axis_types=(jax.sharding.AxisType.Auto,))
+    return mesh(data=n, devices=found[:n])
 
 
-def over_data(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside a program: every array's leading axis is split over `data`. Without a mesh, nothing is said."""
-    return _constrained(mesh, tree, PartitionSpec("data"))
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def on_all(mesh: Mesh | None, tree: Any) -> Any:
-    """Inside a program: every array is whole on every device. Without a mesh, nothing is said."""
-    return _constrained(mesh, tree, PartitionSpec())
+def spec(sizes: Mapping[str, int], path: str, shape: tuple[int, ...], nbytes: int = 0) -> PartitionSpec:
+    """The table's answer for one array.
+
+    Args:
+      sizes: devices by axis, `mesh.shape`.
+      path: the array's keys joined by "/", as `params/policy/layers/q_proj/kernel`.
+      shape: its shape.
+      nbytes: its size.
+    """
+    rule = next((rule for pattern, rule in TABLE if re.search(pattern, path)), ())
+    axes = rule(shape, nbytes, sizes) if callable(rule) else rule
+    missing = len(shape) - len(axes)
+    return fitted(sizes, (None,) * missing + axes[max(-missing, 0) :], shape)
 
 
-def place(mesh: Mesh, tree: PyTree) -> PyTree:
-    """Outside a program: the leading axis of every array split over `data`."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+def fitted(sizes: Mapping[str, int], axes: tuple[Axis, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """`axes` of the first dimensions, without those of size 1 and those that do not divide (of several the last)."""
+    kept: list[Axis] = []
+    for axis, n in zip(axes, shape, strict=False):
+        names = [name for name in ((axis,) if isinstance(axis, str) else axis or ()) if sizes.get(name, 1) > 1]
+        while names and n % math.prod(sizes[name] for name in names):
+            names.pop()
+        kept.append(tuple(names) if len(names) > 1 else names[0] if names else None)
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Outside a program: every array whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def of_state(mesh: Mesh, tree: PyTree, at: str = "") -> PyTree:
+    """The sharding of every array of a `TrainState`, or of the part of one whose path begins with `at`.
+
+    Args:
+      mesh: where.
+      tree: arrays or `jax.ShapeDtypeStruct`s.
+      at: as `params/policy`, for that part alone.
+    """
+
+    def of(path: Any, x: Any) -> NamedSharding:
+        name = "/".join(filter(None, [at, jax.tree_util.keystr(path, simple=True, separator="/")]))
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, spec(mesh.shape, name, x.shape, math.prod(x.shape) * x.dtype.itemsize))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def _constrained(mesh: Mesh | None, tree: Any, spec: PartitionSpec) -> Any:
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+def of_rows(mesh: Mesh, tree: PyTree) -> PyTree:
+    """The sharding of arrays whose first dimension is a step's prompts."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, fitted(mesh.shape, (ROWS,), x.shape)), tree)
+
+
+# --- inside a program -------------------------------------------------------------------------------------------------
+
+
+def as_state(mesh: Mesh | None, tree: T, at: str = "") -> T:
+    """Arrays of a state, or of its part `at`, where the table says. Without a mesh, nothing is said."""
+    return tree if mesh is None else _constrained(tree, of_state(mesh, tree, at))
+
+
+def over_data(mesh: Mesh | None, tree: T) -> T:
+    """Every array's first dimension split over the devices that share a step's prompts."""
+    return tree if mesh is None else _constrained(tree, of_rows(mesh, tree))
+
+
+def on_all(mesh: Mesh | None, tree: T) -> T:
+    """Every array whole on every device."""
+    return tree if mesh is None else _constrained(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def on_mesh(mesh: Mesh | None, function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, traced with `mesh` as what `split` means."""
+
+    def traced(*args: Any, **options: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext():
+            return function(*args, **options)
+
+    return traced
+
+
+def split(x: jax.Array, *axes: Axis) -> jax.Array:
+    """`x` with its first dimensions split over `axes` of the mesh the program is traced for, if it is for one."""
+    where = jax.sharding.get_abstract_mesh()
+    if where.empty or not isinstance(x, jax.core.Tracer):
+        return x
+    return _constrained(x, fitted(where.shape, axes, x.shape))
+
+
+def _constrained(tree: T, where: Any) -> T:
+    found: T = jax.lax.with_sharding_constraint(tree, where)
+    return found
+
+
+def placed(model: Model) -> Model:
+    """The model, saying of its activations and caches where they are: split like prompts, heads and vocabulary."""
+
+    def cache(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: split(x, ROWS, "tensor") if x.ndim == 4 else split(x, ROWS), tree)
+
+    def logits(params: PyTree, hidden: jax.Array) -> jax.Array:
+        out = model.logits(params, hidden)
+        return split(out, ROWS, *(None,) * (out.ndim - 2), "tensor")
+
+    def inner(*args: Any, **options: Any) -> jax.Array:
+        assert model.inner is not None
+        return split(model.inner(*args, **options), ROWS)
+
+    def decode(*args: Any, **options: Any) -> tuple[jax.Array, PyTree]:
+        hidden, kept = model.decode(*args, **options)
+        return split(hidden, ROWS), cache(kept)
+
+    return dataclasses.replace(
+        model,
+        hidden=lambda *args: split(model.hidden(*args), ROWS),
+        inner=model.inner and inner,
+        logits=logits,
+        prefill=lambda *args: cache(model.prefill(*args)),
+        decoder=lambda params: gathered(model.decoder(params)),
+        empty=lambda *args: cache(model.empty(*args)),
+        decode=decode,
+    )
+
+
+def gathered(params: PyTree, *, but: str = "") -> PyTree:
+    """Weights split over `tensor` alone: fetching them from `fsdp` for every token would cost more than the token.
+
+    Args:
+      params: weights.
+      but: a part of the tree that stays as it is.
+    """
+    where = jax.sharding.get_abstract_mesh()
+    sizes = {**where.shape, "fsdp": 1}
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if (but and name.startswith(f"{but}/")) or not isinstance(x, jax.core.Tracer):
+            return x
+        return _constrained(x, spec(sizes, f"decoder/{name}", x.shape))
+
+    return params if where.empty else jax.tree_util.tree_map_with_path(one, params)
+
+
+# --- outside a program ------------------------------------------------------------------------------------------------
+
+
+def place(mesh: Mesh, tree: T) -> T:
+    """The first dimension of every array split over the devices that share a step's prompts."""
+    return _put(tree, of_rows(mesh, tree))
+
+
+def place_state(mesh: Mesh, tree: T, at: str = "") -> T:
+    """Arrays of a state, or of its part `at`, where the table says."""
+    return _put(tree, of_state(mesh, tree, at))
+
+
+def replicate(mesh: Mesh, tree: T) -> T:
+    """Every array whole on every device."""
+    return _put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def _put(tree: T, where: Any) -> T:
+    found: T = jax.device_put(tree, where)
+    return found

@@ -19,6 +19,7 @@ from jaxrl_llm.models.attention import Rule, causal, one_token, rotary, rotate, 
 from jaxrl_llm.models.config import RopeScaling, TransformerConfig
 from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.model import Cache, Model
+from jaxrl_llm.sharding import ROWS, split
 from jaxrl_llm.types import Context, PyTree
 
 __all__ = ["Block", "RMSNorm", "RopeScaling", "Transformer", "TransformerConfig", "transformer"]
@@ -65,6 +66,7 @@ class Block(nn.Module):
         dense = functools.partial(nn.Dense, dtype=c.dtype, param_dtype=jnp.float32, use_bias=False, dot_general=_rows)
         norm = functools.partial(RMSNorm, c.rms_norm_eps, c.unit_offset_norm)
 
+        x = split(x, ROWS)
         h = norm(name="input_norm")(x)
         q = dense(c.num_attention_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
         k = dense(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(h)
@@ -84,7 +86,7 @@ class Block(nn.Module):
             gate = dense(c.intermediate_size, name="gate_proj")(h)
             up = dense(c.intermediate_size, name="up_proj")(h)
             out = dense(c.hidden_size, name="down_proj")(act(gate) * up)
-        return x + (norm(name="post_mlp_norm")(out) if c.sandwich_norms else out), kept
+        return split(x + (norm(name="post_mlp_norm")(out) if c.sandwich_norms else out), ROWS), kept
 
 
 class Transformer(nn.Module):
@@ -121,7 +123,7 @@ class Transformer(nn.Module):
         return out
 
     def embedding(self, tokens: Array) -> Array:
-        x = self.embed[tokens].astype(self.config.dtype)
+        x = split(split(self.embed, "tensor")[tokens], ROWS).astype(self.config.dtype)
         # The factor is rounded to the type it is used in, as in training.
         return x * jnp.asarray(self.config.hidden_size**0.5, x.dtype) if self.config.scale_embeddings else x
 
@@ -131,7 +133,7 @@ class Transformer(nn.Module):
     def unembed(self, hidden: Array) -> Array:
         """`[... D] -> [... V]` float32."""
         c = self.config
-        kernel = self.embed.T if c.tie_word_embeddings else self.lm_head
+        kernel = split(self.embed.T if c.tie_word_embeddings else self.lm_head, None, "tensor")
         contract = (((hidden.ndim - 1,), (0,)), ((), ()))
         logits = _rows(hidden.astype(c.dtype), kernel.astype(c.dtype), contract, preferred_element_type=jnp.float32)
         cap = c.final_logit_softcapping

@@ -13,14 +13,13 @@ import pytest
 from law_settings import INSTEAD, SMALL
 from recurrent import recurrent
 
-from jaxrl_llm import algorithms, checkpoint
+from jaxrl_llm import algorithms, checkpoint, sharding
 from jaxrl_llm.algorithm import Algorithm, describe
 from jaxrl_llm.engine import learner
 from jaxrl_llm.evaluate import evaluator
 from jaxrl_llm.models.heads import critic
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.run import run
-from jaxrl_llm.sharding import data_mesh, replicate
 from jaxrl_llm.types import Learner
 from jaxrl_llm.updates.optimizer import adamw
 
@@ -187,18 +186,19 @@ def test_resumes_to_the_last_bit(parts, history, task, tmp_path):
     assert_same((state, metrics), (history[0], jax.tree.map(lambda x: x[1:], history[1])), rtol=0, atol=0)
 
 
-def test_two_seeds_at_once_on_eight_devices_are_two_runs(build, history, task):
-    mesh = data_mesh(8)
-    parts = build(mesh=mesh)
-    state = replicate(mesh, jax.vmap(parts.init)(jnp.stack([jax.random.key(1), SEED])))
-    where = jax.tree.map(lambda x: x.sharding.is_fully_replicated, state)
-    step = jax.jit(jax.vmap(parts.step, in_axes=(0, None)))
+def test_two_seeds_at_once_on_eight_devices_are_two_runs(build, parts, history, task, monkeypatch):
+    """Devices share prompts, weights and vocabulary (2 x 2 x 2), and the stages' memory, however small it is."""
+    monkeypatch.setattr(sharding, "LARGE", 0)
+    mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+    state = sharding.place_state(mesh, jax.vmap(parts.init)(jnp.stack([jax.random.key(1), SEED])))
+    where = jax.tree.map(lambda x: x.sharding, state)
+    assert not all(jax.tree.leaves(jax.tree.map(lambda x: x.sharding.is_fully_replicated, state.params["policy"])))
+    step = jax.jit(jax.vmap(build(mesh=mesh).step, in_axes=(0, None)), out_shardings=(where, None))
     seen = []
     for prompts in itertools.islice(drawn(task), STEPS):
         state, metrics = step(state, prompts)
         seen.append(jax.tree.map(lambda x: x[1], metrics))
     assert_same(jax.tree.map(lambda *xs: jnp.stack(xs), *seen), history[1], rtol=1e-3, atol=1e-5)
-    assert jax.tree.map(lambda x: x.sharding.is_fully_replicated, state) == where
 
 
 def test_learns_its_toy_task(name, parts, model, letters, task):
