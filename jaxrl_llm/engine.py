@@ -41,6 +41,7 @@ from jaxrl_llm.types import (
 from jaxrl_llm.updates.optimizer import adamw
 
 Models = tuple[dict[str, PyTree], dict[str, PyTree]]  # parameters and optimiser states by role
+FROZEN = ("base", "reference", "lagged")  # roles without an optimiser
 
 
 def learner(
@@ -66,8 +67,10 @@ def learner(
       algorithm: the recipe.
       policy: the language model as functions.
       task: prompts and verifier.
-      params: where the policy starts; `policy.init(key)` if None.
-      reference: the reference policy; a copy of the starting policy if None. Kept only if the recipe reads it.
+      params: where the policy starts; `policy.init(key)` if None. Copied. For a policy with adapters (`models.lora`):
+        those of its base, with adapters or without.
+      reference: the reference policy; a copy of the starting policy if None. Kept only if the recipe reads it. For a
+        policy with adapters: others on the same base.
       critic: needed by recipes that read values.
       optimizer: for the policy; `adamw(1e-6)` if None.
       critic_optimizer: for the critic; `adamw(1e-5)` if None.
@@ -100,9 +103,9 @@ def learner(
         key: Array, needs: Needs, params: PyTree | None = params, reference: PyTree | None = reference
     ) -> TrainState:
         keys = split(key, "policy", "critic", "run")
-        models = {"policy": policy.init(keys["policy"]) if params is None else _copy(params)}
+        models = _policy_of(policy, keys["policy"], params)
         if needs.keeps_reference:
-            models["reference"] = _copy(models["policy"] if reference is None else reference)
+            models["reference"] = _copy(models["policy"] if reference is None else _reference_of(policy, reference))
         if needs.keeps_lagged:
             models["lagged"] = _copy(models["policy"])
         if needs.critic and critic is not None:
@@ -117,7 +120,7 @@ def learner(
             sampling=behaviour,
             width=policy.width,
         )
-        trained = {role: optimizers[role].init(models[role]) for role in models if role not in ("reference", "lagged")}
+        trained = {role: optimizers[role].init(models[role]) for role in models if role not in FROZEN}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             key=keys["run"],
@@ -149,7 +152,9 @@ def learner(
     def world_of(state: TrainState) -> World:
         return World(
             sample=functools.partial(outside.sample, policy, task, length, state),
-            score=lambda role, rollouts: score(state.params[role], rollouts, frozenset({"logp", "entropy"})),
+            score=lambda role, rollouts: score(
+                policy.whole(state.params, role), rollouts, frozenset({"logp", "entropy"})
+            ),
             reward=functools.partial(ask, inside=verify == "inside"),
             models=state.params,
             step=state.step,
@@ -252,10 +257,11 @@ def learner(
         recipe: Algorithm = algorithm,
         others: dict[str, Any] | None = None,
     ) -> Scores:
-        of = functools.partial(policy.score, params["policy"], rollouts, measures=recipe.measures, others=others)
+        now = policy.whole(params)
+        of = functools.partial(policy.score, now, rollouts, measures=recipe.measures, others=others)
         if "value" not in fields or critic is None:
             return of(fields=fields)
-        value = functools.partial(critic.value, params["critic"])
+        value = functools.partial(critic.value, critic.whole(params))
         if critic.shared:
             return of(fields=fields, heads={"value": value})
         return dataclasses.replace(of(fields=fields - {"value"}), value=value(rollouts))
@@ -267,7 +273,7 @@ def learner(
         models |= {"elsewhere": now["policy"], "inner": now["policy"]}
         found = {}
         for role in sorted(needs.others):
-            rollouts, params = part.rollouts, models[role]
+            rollouts, params = part.rollouts, policy.whole(models, role)
             if role in ("teacher", "elsewhere"):
                 if rollouts.teacher is None:
                     raise ValueError(f"a measure asks for {role!r}, and the rollout slot set no rollouts.teacher")
@@ -280,9 +286,10 @@ def learner(
         """What other models, and the policy before its update, say of the rollouts: only what the recipe reads."""
         rollouts = batch.rollouts
         if needs.old:
-            batch = dataclasses.replace(batch, old=score(params["policy"], rollouts, needs.old, recipe))
+            batch = dataclasses.replace(batch, old=score(policy.whole(params), rollouts, needs.old, recipe))
         if needs.reference:
-            batch = dataclasses.replace(batch, reference=score(params["reference"], rollouts, needs.reference, recipe))
+            known = score(policy.whole(params, "reference"), rollouts, needs.reference, recipe)
+            batch = dataclasses.replace(batch, reference=known)
         if needs.value:
             only = functools.partial(score_current, params, fields=frozenset({"value"}))
             batch = dataclasses.replace(batch, value=micro.mapped(only, rollouts, accumulate).value)
@@ -321,6 +328,22 @@ def learner(
 
     inside = verify == "inside"
     return Learner(start, step if inside else step_in_two, compiled=inside)
+
+
+def _policy_of(policy: Policy, key: Array, params: PyTree | None) -> dict[str, PyTree]:
+    """The role "policy" at the start, and the base it stands on if it is adapters."""
+    given = policy.init(key) if params is None else params
+    if policy.adapter is None:
+        return {"policy": given if params is None else _copy(given)}
+    own = policy.adapter.own(given)
+    return {"base": policy.adapter.base(given), "policy": policy.adapter.fresh(key) if own is None else _copy(own)}
+
+
+def _reference_of(policy: Policy, given: PyTree) -> PyTree:
+    own = given if policy.adapter is None else policy.adapter.own(given)
+    if own is None:
+        raise ValueError("reference has no adapters: the roles of a policy with adapters share its base, pass theirs")
+    return own
 
 
 def _strong(x: Any) -> Array:

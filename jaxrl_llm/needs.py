@@ -84,7 +84,7 @@ def needs_of(
 ) -> Needs:
     """Traces the recipe on abstract data and sees which scores its loss, its slots and their memories depend on."""
     state, rollouts = jax.eval_shape(lambda key, prompts: collect(init(key), prompts), jax.random.key(0), prompts)
-    params = state.params["policy"]
+    params = jax.eval_shape(policy.whole, state.params)
     # Some read another context; the shapes are the same.
     every = {role: (params, jax.eval_shape(policy.hidden, params, rollouts)) for role in ROLES}
     names = frozenset(EXTRAS) | frozenset(algorithm.measures)

@@ -14,7 +14,7 @@ from jax import Array
 
 from jaxrl_llm.algorithm import roles_of
 from jaxrl_llm.models.heads import hidden_states
-from jaxrl_llm.models.model import Model, separate_prefixes
+from jaxrl_llm.models.model import Adapter, Model, separate_prefixes
 from jaxrl_llm.rollouts.distribution import log_prob
 from jaxrl_llm.rollouts.sampler import sample
 from jaxrl_llm.sharding import gathered, placed
@@ -36,6 +36,8 @@ class Policy:
     hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles; with the keyword `layer` that of
         an inner layer.
     width: `D`.
+    adapter: of a policy that trains adapters on a frozen base. A run's state then holds the base once, as
+        `params["base"]`, and adapters for every role; `whole` makes of both what the functions above take.
     """
 
     vocab: int
@@ -44,6 +46,17 @@ class Policy:
     score: Callable[..., Scores]
     hidden: Callable[..., Array]
     width: int = 0
+    adapter: Adapter | None = None
+
+    def whole(self, params: Mapping[str, PyTree], role: PyTree | str = "policy") -> PyTree:
+        """A role's parameters as `sample`, `score`, `hidden` and an evaluator take them.
+
+        Args:
+          params: by role, as `state.params`.
+          role: its name, or parameters in its place.
+        """
+        own = params[role] if isinstance(role, str) else role
+        return own if self.adapter is None else self.adapter.join(params["base"], own)
 
 
 def language_model(
@@ -69,6 +82,7 @@ def language_model(
         score=functools.partial(score, scored, logits_bytes=logits_bytes),
         hidden=functools.partial(hidden_states, scored),
         width=model.width,
+        adapter=model.adapter,
     )
 
 

@@ -195,7 +195,7 @@ class TrainState:
 
     step: Array  # [] int32
     key: Array  # typed PRNG key
-    params: dict[str, PyTree]  # by role: policy, reference, critic ... (only those the recipe reads)
+    params: dict[str, PyTree]  # by role: policy, reference, critic ... (only those the recipe reads); base of adapters
     opt_state: dict[str, PyTree]  # by trained role
     memory: dict[str, Memory]  # by slot
     numbers: dict[str, Array]  # the recipe's numbers, by path: change them between steps without compiling

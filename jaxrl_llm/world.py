@@ -62,7 +62,7 @@ def sample(
     keys = jax.vmap(fold, in_axes=(0, None))(fold(key, jnp.arange(b)), jnp.arange(size))
     sampling = jax.tree.map(lambda x: jnp.broadcast_to(x, (b, size)), state.sampling if sampling is None else sampling)
     samples = policy.sample(
-        state.params["policy"],
+        policy.whole(state.params),
         keys,
         context,
         sampling,
@@ -72,7 +72,7 @@ def sample(
         limit=limit,
         until=until,
         own=own,
-        within=within,
+        within=within if within is None else (policy.whole(state.params, within[0]), within[1]),
         steer=steer,
     )
     return Rollouts(

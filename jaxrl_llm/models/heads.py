@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrl_llm.models.model import Model, inputs_of, prefix_of
+from jaxrl_llm.models.model import Adapter, Model, inputs_of, prefix_of
 from jaxrl_llm.types import Context, PyTree, Rollouts, masked
 
 
@@ -26,11 +26,18 @@ class Critic:
     value: if `shared`, `(params, hidden [... D]) -> [...]` on the policy's own hidden states, else
         `(params, rollouts) -> [B G T]`, 0 where not `rollouts.scored`. Position `t` is the state before token `t`.
     shared: whether the policy's trunk is the critic's too.
+    adapter: of a trunk that is adapters on the policy's base; then `init` makes those alone, and `whole` both.
     """
 
     init: Callable[[Array], PyTree]
     value: Callable[..., Array]
     shared: bool
+    adapter: Adapter | None = None
+
+    def whole(self, params: Mapping[str, PyTree]) -> PyTree:
+        """What `value` takes, of parameters by role."""
+        own = params["critic"]
+        return own if self.adapter is None else {**own, "trunk": self.adapter.join(params["base"], own["trunk"])}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +54,17 @@ def value_head(width: int) -> Critic:
 
 
 def critic(model: Model) -> Critic:
-    """A critic with a trunk of its own; parameters `{"trunk": model's, "head": ...}`."""
-    return Critic(init=functools.partial(_init_both, model), value=functools.partial(_value, model), shared=False)
+    """A critic with a trunk of its own; parameters `{"trunk": model's, "head": ...}`.
+
+    If the model has adapters, its trunk is adapters of its own on the policy's base.
+    """
+    start = model if model.adapter is None else dataclasses.replace(model, init=model.adapter.fresh)
+    return Critic(
+        init=functools.partial(_init_both, start),
+        value=functools.partial(_value, model),
+        shared=False,
+        adapter=model.adapter,
+    )
 
 
 def reward_model(model: Model) -> RewardModel:

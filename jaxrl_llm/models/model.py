@@ -17,6 +17,24 @@ Cache = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Small trained parameters on a frozen base: a run keeps one base, and adapters for each role that has weights.
+
+    base: `(params) -> base`, the frozen part as it is kept (quantised, if it is), in buffers of its own.
+    own: `(params) -> adapters`, those among the parameters; None if there are none.
+    fresh: `(key) -> adapters` that change nothing.
+    join: `(base, adapters) -> params`, what the model's functions take; copies nothing.
+    merge: `(base, adapters) -> params` of the model without adapters.
+    """
+
+    base: Callable[[PyTree], PyTree]
+    own: Callable[[PyTree], PyTree | None]
+    fresh: Callable[[Array], PyTree]
+    join: Callable[[PyTree, PyTree], PyTree]
+    merge: Callable[[PyTree, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
     """A decoder-only language model as functions of its parameters.
 
@@ -38,6 +56,9 @@ class Model:
         [M R D], cache)` feeds one token of each response at position `t` (`[]`, or `[M R]` if rows differ). What it
         keeps is written at `column` (`[]`, default `t`) of the cache, used in a circle: a row reads the `t` columns
         before it.
+    dtype: of the computation, and of the hidden states.
+    wrapped: `(wrap=function) -> Model`, with each of its Flax Linen modules changed by a function; None if it has none.
+    adapter: of a model whose parameters are adapters on a base; None if all of them are trained.
     """
 
     vocab: int
@@ -50,6 +71,9 @@ class Model:
     empty: Callable[[int, int, int], Cache]
     decode: Callable[..., tuple[Array, Cache]]
     inner: Callable[..., Array] | None = None
+    dtype: Any = jnp.float32
+    wrapped: Callable[..., Model] | None = None
+    adapter: Adapter | None = None
 
 
 def prefix_of(context: Context) -> tuple[Context, Array, Array]:

@@ -25,6 +25,7 @@ from jaxrl_llm.types import Context, PyTree
 __all__ = ["Block", "RMSNorm", "RopeScaling", "Transformer", "TransformerConfig", "transformer"]
 
 Attend = Callable[..., tuple[Array, Any]]
+Wrap = Callable[[Any], Any]
 Angles = tuple[Array, Array] | tuple[tuple[Array, Array], tuple[Array, Array]]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -143,10 +144,18 @@ class Transformer(nn.Module):
         return self.unembed(self.final(self(tokens, positions, seen)[0]))
 
 
-def transformer(config: TransformerConfig) -> Model:
-    """The model as pure functions; parameters are a plain nested dict, every layer's stacked on a leading axis."""
-    c = config
-    bind = functools.partial(Transformer, c)
+def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model:
+    """The model as pure functions; parameters are a plain nested dict, every layer's stacked on a leading axis.
+
+    Args:
+      config: sizes and switches.
+      wrap: changes each Flax module before it is used, as libraries for adapters and quantisation do; its layers are
+        called `layers/NAME` in the whole network, and `NAME` in a block of the decoder.
+    """
+    c, wrapped = config, wrap or (lambda module: module)
+
+    def bind(attend: Attend) -> Any:
+        return wrapped(Transformer(c, attend))
 
     def init(key: Array) -> PyTree:
         one = jnp.zeros((1, 1), jnp.int32)
@@ -169,7 +178,7 @@ def transformer(config: TransformerConfig) -> Model:
         exists = jnp.concatenate([jnp.ones((m, r, 1), bool), attended[..., :-1]], axis=-1)
         own = jnp.tril(jnp.ones((t, t), bool)) & exists[:, :, None, :]
         few = c.first_layers(layer + 1)
-        model = Transformer(few, functools.partial(_attend_group, responses=r))
+        model = wrapped(Transformer(few, functools.partial(_attend_group, responses=r)))
         if few != c:
             params = {**params, "layers": jax.tree.map(lambda x: x[: layer + 1], params["layers"])}
         x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own, offset))
@@ -195,7 +204,10 @@ def transformer(config: TransformerConfig) -> Model:
         return [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(c.num_hidden_layers)]
 
     def decoder(params: PyTree) -> PyTree:
-        cast = {**params, "layers": jax.tree.map(lambda x: x.astype(c.dtype), params["layers"])}
+        def cast_to(x: Array) -> Array:  # not the codes of a quantised kernel
+            return x.astype(c.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+        cast = {**params, "layers": jax.tree.map(cast_to, params["layers"])}
         layers = [jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(c.num_hidden_layers)]
         return {**cast, "layers": layers}
 
@@ -223,7 +235,7 @@ def transformer(config: TransformerConfig) -> Model:
         x: Any = whole.apply(outer, inputs, method="embedding")
         position = offset[:, None] + jnp.broadcast_to(t, inputs.shape)
         angles = _angles(c, position)
-        block = Block(c, _attend_cache)
+        block = wrapped(Block(c, _attend_cache))
         new: list[Any] = []
         for i, layer in enumerate(params["layers"]):
             seen = (*prefix[i], mask, *cache[i], offset, t, t if column is None else column)
@@ -243,6 +255,8 @@ def transformer(config: TransformerConfig) -> Model:
         decoder=decoder,
         empty=empty,
         decode=decode,
+        dtype=c.dtype,
+        wrapped=functools.partial(transformer, config) if wrap is None else None,
     )
 
 
