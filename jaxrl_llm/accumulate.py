@@ -44,16 +44,18 @@ def mapped(function: Callable[[Any], T], tree: Any, n: int) -> T:
 
 
 def value_and_grad(
-    objective: Callable[[PyTree, Batch], tuple[Array, Metrics]], params: PyTree, batch: Batch, n: int
+    both: Callable[[PyTree, Batch], tuple[tuple[Array, Metrics], PyTree]], params: PyTree, batch: Batch, n: int
 ) -> tuple[tuple[Array, Metrics], PyTree]:
     """Value, metrics and gradient of a sum over prompts, in `n` parts.
 
-    Scalar metrics add up; arrays have leading axis `B` and are put together again.
+    Args:
+      both: `jax.value_and_grad` of the objective, `(params, part) -> ((value, metrics), gradient)`.
+      params: what the gradient is of.
+      batch: arrays with leading axis `B`.
+      n: parts. Scalar metrics add up; arrays have leading axis `B` and are put together again.
     """
-    both = jax.value_and_grad(objective, has_aux=True)
     if n == 1:
-        found: tuple[tuple[Array, Metrics], PyTree] = both(params, batch)
-        return found
+        return both(params, batch)
 
     def body(carry: tuple[Array, PyTree], part: Batch) -> tuple[Any, Metrics]:
         (value, metrics), gradient = both(params, part)

@@ -18,9 +18,10 @@ from jaxrl_llm import metrics as measure
 from jaxrl_llm import world as outside
 from jaxrl_llm.algorithm import Algorithm, layer_of, numbers, with_numbers
 from jaxrl_llm.models.heads import Critic
+from jaxrl_llm.models.packing import Room
 from jaxrl_llm.needs import BATCH_SLOTS, Loss, Needs, keys_of, needs_of, of_recipe, stages_of
 from jaxrl_llm.policy import Policy
-from jaxrl_llm.sharding import as_state, of_state, on_all, on_mesh, over_data, place_state
+from jaxrl_llm.sharding import as_state, of_state, on_all, on_mesh, over_data, place_state, rows_over
 from jaxrl_llm.stages import write
 from jaxrl_llm.tasks.task import Task
 from jaxrl_llm.types import (
@@ -97,6 +98,7 @@ def learner(
     length = task.response_length if response_length is None else response_length
     behaviour = jax.tree.map(_strong, sampling or Sampling())
     optimizers = {"policy": optimizer or adamw(1e-6), "critic": critic_optimizer or adamw(1e-5)}
+    shards = rows_over(mesh)
     ask, example = outside.verifier(task), outside.example(task, prompts_per_step)
 
     def init(
@@ -190,9 +192,10 @@ def learner(
         def objective(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Callable[..., Any]:
             terms, params = loss if other is None else Loss(other), models[0]
 
-            def of(trained: dict[str, PyTree], part: Batch) -> tuple[Array, Metrics]:
+            def of(trained: dict[str, PyTree], part: Batch, room: Room | None = None) -> tuple[Array, Metrics]:
                 now = {**params, **trained}
-                scores = score_current(now, part.rollouts, needs.current, recipe, others(state, now, part, needs))
+                there = others(state, now, part, needs)
+                scores = score_current(now, part.rollouts, needs.current, recipe, there, room)
                 if terms.prepare and accumulate == 1:
                     part = terms.prepared(jax.lax.stop_gradient(scores), part)
                 value, found = terms(scores, part)
@@ -217,7 +220,12 @@ def learner(
         def gradient(models: Models, batch: Batch, other: Callable[..., Any] | None = None) -> Any:
             trained = {role: models[0][role] for role in models[1]}
             batch = whole(models, batch, other)
-            (value, found), slopes = micro.value_and_grad(objective(models, batch, other), trained, batch, accumulate)
+            both = jax.value_and_grad(objective(models, batch, other), has_aux=True)
+
+            def fitted(trained: dict[str, PyTree], part: Batch) -> Any:
+                return policy.fitted(functools.partial(both, trained, part), part.rollouts, shards)
+
+            (value, found), slopes = micro.value_and_grad(fitted, trained, batch, accumulate)
             slopes = as_state(mesh, slopes, "params")
             return (value, {"loss": value, **measure.summarise(found, batch)}), slopes
 
@@ -248,7 +256,11 @@ def learner(
     def score(params: PyTree, rollouts: Rollouts, fields: frozenset[str], recipe: Algorithm = algorithm) -> Scores:
         """In as many parts as the gradient, so that it needs no more memory."""
         of = functools.partial(policy.score, params, fields=fields, measures=recipe.measures)
-        return micro.mapped(of, rollouts, accumulate)
+
+        def fitted(rollouts: Rollouts) -> Scores:
+            return policy.fitted(lambda room: of(rollouts, **in_room(room)), rollouts, shards)
+
+        return micro.mapped(fitted, rollouts, accumulate)
 
     def score_current(
         params: dict[str, PyTree],
@@ -256,9 +268,11 @@ def learner(
         fields: frozenset[str],
         recipe: Algorithm = algorithm,
         others: dict[str, Any] | None = None,
+        room: Room | None = None,
     ) -> Scores:
         now = policy.whole(params)
         of = functools.partial(policy.score, now, rollouts, measures=recipe.measures, others=others)
+        of = functools.partial(of, **in_room(room))
         if "value" not in fields or critic is None:
             return of(fields=fields)
         value = functools.partial(critic.value, critic.whole(params))
@@ -344,6 +358,11 @@ def _reference_of(policy: Policy, given: PyTree) -> PyTree:
     if own is None:
         raise ValueError("reference has no adapters: the roles of a policy with adapters share its base, pass theirs")
     return own
+
+
+def in_room(room: Room | None) -> dict[str, Room]:
+    """As a keyword; policies that do not pack need not know it."""
+    return {} if room is None else {"room": room}
 
 
 def _strong(x: Any) -> Array:

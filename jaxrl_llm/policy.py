@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,13 @@ from jax import Array
 from jaxrl_llm.algorithm import roles_of
 from jaxrl_llm.models.heads import hidden_states
 from jaxrl_llm.models.model import Adapter, Model, separate_prefixes
+from jaxrl_llm.models.packing import Room, of_rollouts, packing, rooms
 from jaxrl_llm.rollouts.distribution import log_prob
 from jaxrl_llm.rollouts.sampler import sample
 from jaxrl_llm.sharding import gathered, placed
 from jaxrl_llm.types import PyTree, Rollouts, Samples, Sampling, Scores, masked
 
+T = TypeVar("T")
 Head = Callable[[Array], Array]
 Extra = Callable[..., Array]
 
@@ -31,13 +33,14 @@ class Policy:
     init: `(key) -> params`.
     sample: `(params, keys [B G], context: Context [B C S], sampling, *, length, eos, stop, limit, until, own,
         within, steer) -> Samples [B G T]`.
-    score: `(params, rollouts, fields, heads={}, measures={}, others={}) -> Scores`: the requested fields of the
-        responses under `rollouts.context` and `rollouts.sampling`; see `score`.
+    score: `(params, rollouts, fields, heads={}, measures={}, others={}, room=None) -> Scores`: the requested fields of
+        the responses under `rollouts.context` and `rollouts.sampling`; see `score`.
     hidden: `(params, rollouts) -> [B G T D]`: what `score` takes for the other roles; with the keyword `layer` that of
         an inner layer.
     width: `D`.
     adapter: of a policy that trains adapters on a frozen base. A run's state then holds the base once, as
         `params["base"]`, and adapters for every role; `whole` makes of both what the functions above take.
+    sizes: in how many sizes `score` is compiled; see `language_model`.
     """
 
     vocab: int
@@ -47,6 +50,7 @@ class Policy:
     hidden: Callable[..., Array]
     width: int = 0
     adapter: Adapter | None = None
+    sizes: int = 1
 
     def whole(self, params: Mapping[str, PyTree], role: PyTree | str = "policy") -> PyTree:
         """A role's parameters as `sample`, `score`, `hidden` and an evaluator take them.
@@ -58,9 +62,20 @@ class Policy:
         own = params[role] if isinstance(role, str) else role
         return own if self.adapter is None else self.adapter.join(params["base"], own)
 
+    def fitted(self, function: Callable[[Room | None], T], rollouts: Rollouts, shards: int = 1) -> T:
+        """`function(room)` of the smallest room that holds the rollouts' tokens; it is compiled for each.
+
+        A gradient is taken within `function`, not of the result: else what all sizes keep for it is kept.
+        """
+        if self.sizes == 1:
+            return function(None)
+        found, index = rooms(rollouts, self.sizes, shards)
+        result: T = jax.lax.switch(index, [functools.partial(function, room) for room in found])
+        return result
+
 
 def language_model(
-    model: Model, *, slots: int | None = None, logits_bytes: int = 2**30, share_prefix: bool = True
+    model: Model, *, slots: int | None = None, logits_bytes: int = 2**30, share_prefix: bool = True, sizes: int = 1
 ) -> Policy:
     """An autoregressive policy.
 
@@ -72,7 +87,17 @@ def language_model(
       share_prefix: scores encode a context once for all rows that share it (Prefix Grouper, 2506.05433); `False`: once
           for each row. Changes cost, not the result. A critic with a trunk of its own is told by its own model:
           `critic(separate_prefixes(model))`.
+      sizes: with more than 1, what is scored and learned from is packed: padding is computed only up to the next of
+          so many sizes, each compiled. Changes cost, not the result. Pays where responses are much shorter than the
+          longest; under `vmap` all sizes are computed. Critics with a trunk of their own are not packed.
+
+    Raises:
+      ValueError: packing of a model, or of a layout, that cannot be packed.
     """
+    if sizes < 1:
+        raise ValueError(f"sizes must be at least 1, got {sizes}")
+    if sizes > 1 and (model.packed is None or not share_prefix):
+        raise ValueError("packing (sizes > 1) needs a model with Model.packed, and share_prefix=True")
     model = placed(model)
     scored = model if share_prefix else separate_prefixes(model)
     return Policy(
@@ -83,6 +108,7 @@ def language_model(
         hidden=functools.partial(hidden_states, scored),
         width=model.width,
         adapter=model.adapter,
+        sizes=sizes,
     )
 
 
@@ -117,6 +143,7 @@ def score(
     measures: Mapping[str, Extra] | None = None,
     others: Mapping[str, tuple[PyTree, Array]] | None = None,
     *,
+    room: Room | None = None,
     logits_bytes: int = 2**30,
 ) -> Scores:
     """Scores of the responses under `rollouts.context`: one forward pass, and logits only for fields that need them.
@@ -126,6 +153,7 @@ def score(
       heads: `(hidden [B G T D]) -> [B G T ...]` by field; all but "value" land in `extras`.
       measures: more `EXTRAS`, see `Algorithm.measures`.
       others: parameters and hidden states `[B G T D]` of the roles that measures ask for; what has a gradient keeps it.
+      room: only this many tokens are computed; `packing.rooms` says how many there must be.
       logits_bytes: see `language_model`.
 
     Returns:
@@ -141,18 +169,30 @@ def score(
     if not fields:
         return Scores()
     mask = rollouts.scored
+    tokens = jnp.where(mask, rollouts.tokens, 0)
+    per_token = jax.tree.map(lambda x: jnp.broadcast_to(x[..., None], mask.shape), rollouts.sampling)
+    p = None if room is None else packing(of_rollouts(rollouts), room)
+    shape = mask.shape if p is None else p.needed.shape
+
+    def pack(x: Array) -> Array:
+        return x if p is None else p.pack(x.reshape(*shape, *x.shape[3:]))
+
+    def unpack(x: Array) -> Array:
+        return x if p is None else p.unpack(x).reshape(*mask.shape, *x.shape[2:])
+
     # Zero where nobody may look, so that neither a value nor a gradient of such a place can reach the result.
-    hidden = masked(mask[..., None], hidden_states(model, params, rollouts))
+    read = pack(mask)[..., None]
+    hidden = masked(read, hidden_states(model, params, rollouts, packing=p))
     found = {name: heads[name](hidden) for name in fields & set(heads)}
     if of_logits := fields - set(heads):
         wanted = {name: extras[name] for name in of_logits & set(extras)}
         chunk = functools.partial(_of_logits, model, of_logits - set(extras), wanted)
-        tokens = jnp.where(mask, rollouts.tokens, 0)
-        others = {role: (w, masked(mask[..., None], h)) for role, (w, h) in (others or {}).items()}
+        others = {role: (w, masked(read, pack(h))) for role, (w, h) in (others or {}).items()}
         weights = {role: w for role, (w, _) in others.items()}
         seen = {role: h for role, (_, h) in others.items()}
-        everything = ((params, weights), (hidden, seen), tokens, rollouts.sampling)
-        found |= _chunked(chunk, *everything, model.vocab * (1 + len(others)), logits_bytes)
+        each = ((hidden, seen), pack(tokens), jax.tree.map(pack, per_token))
+        found |= _chunked(chunk, (params, weights), each, model.vocab * (1 + len(others)), logits_bytes)
+    found = {name: unpack(x) for name, x in found.items()}
     found = {k: masked(mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)), x) for k, x in found.items()}
     named = {name: found.pop(name) for name in ("logp", "entropy", "value") if name in found}
     return Scores(**named, extras=found)
@@ -173,42 +213,35 @@ def _of_logits(
     for name, measure in measures.items():
         found[name] = measure(logits, tokens, hidden[0], **{role: others[role] for role in roles_of(measure)})
     if fields:
-        sampling = jax.tree.map(lambda x: jnp.broadcast_to(x[..., None], tokens.shape), sampling)
         logp, entropy = log_prob(logits, tokens, sampling)
         found |= {k: x for k, x in {"logp": logp, "entropy": entropy}.items() if k in fields}
     return found
 
 
 def _chunked(
-    function: Callable[..., dict[str, Array]],
-    params: PyTree,
-    hidden: PyTree,
-    tokens: Array,
-    sampling: Sampling,
-    vocab: int,
-    logits_bytes: int,
+    function: Callable[..., dict[str, Array]], params: PyTree, each: PyTree, vocab: int, logits_bytes: int
 ) -> dict[str, Array]:
-    """`function(params, hidden, tokens, sampling)` over slices of the response axis; leaves of `hidden` `[B G T D]`.
+    """`function(params, *each)` over slices of the last token axis; `each` is `(hidden, tokens [... T], sampling)`.
 
     Slices go through time and keep all rows, so that rows sharded over devices stay where they are.
     """
-    *rows, length = tokens.shape
-    chunks = min(length, math.ceil(4 * math.prod(tokens.shape) * vocab / logits_bytes))
+    *rows, length = each[1].shape
+    chunks = min(length, math.ceil(4 * math.prod((*rows, length)) * vocab / logits_bytes))
     if chunks <= 1:
-        return function(params, hidden, tokens, sampling)
+        return function(params, *each)
     step = math.ceil(length / chunks)
     chunks = math.ceil(length / step)
 
     def cut(x: Array) -> Array:
-        gap = [(0, 0)] * len(rows) + [(0, chunks * step - length)] + [(0, 0)] * (x.ndim - tokens.ndim)
+        gap = [(0, 0)] * len(rows) + [(0, chunks * step - length)] + [(0, 0)] * (x.ndim - len(rows) - 1)
         x = jnp.pad(x, gap)
         return jnp.moveaxis(x.reshape(*rows, chunks, step, *x.shape[len(rows) + 1 :]), len(rows), 0)
 
     @jax.checkpoint
-    def body(params: PyTree, x: tuple[PyTree, Array]) -> dict[str, Array]:
-        return function(params, *x, sampling)
+    def body(params: PyTree, x: PyTree) -> dict[str, Array]:
+        return function(params, *x)
 
-    found = jax.lax.map(functools.partial(body, params), jax.tree.map(cut, (hidden, tokens)))
+    found = jax.lax.map(functools.partial(body, params), jax.tree.map(cut, each))
     return {
         name: jnp.moveaxis(x, 0, len(rows)).reshape(*rows, chunks * step, *x.shape[len(rows) + 2 :])[
             (slice(None),) * len(rows) + (slice(length),)

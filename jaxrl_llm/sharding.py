@@ -167,6 +167,11 @@ def of_state(mesh: Mesh, tree: PyTree, at: str = "") -> PyTree:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def rows_over(mesh: Mesh | None) -> int:
+    """Over how many parts of the mesh a step's prompts are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
+
+
 def of_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """The sharding of arrays whose first dimension is a step's prompts."""
     return jax.tree.map(lambda x: NamedSharding(mesh, fitted(mesh.shape, (ROWS,), x.shape)), tree)
@@ -227,6 +232,10 @@ def placed(model: Model) -> Model:
         assert model.inner is not None
         return split(model.inner(*args, **options), ROWS)
 
+    def packed(*args: Any, **options: Any) -> jax.Array:
+        assert model.packed is not None
+        return split(model.packed(*args, **options), ROWS)
+
     def decode(*args: Any, **options: Any) -> tuple[jax.Array, PyTree]:
         hidden, kept = model.decode(*args, **options)
         return split(hidden, ROWS), cache(kept)
@@ -235,6 +244,7 @@ def placed(model: Model) -> Model:
         model,
         hidden=lambda *args: split(model.hidden(*args), ROWS),
         inner=model.inner and inner,
+        packed=model.packed and packed,
         logits=logits,
         prefill=lambda *args: cache(model.prefill(*args)),
         decoder=lambda params: gathered(model.decoder(params)),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrl_llm.models.model import Adapter, Model, inputs_of, prefix_of
+from jaxrl_llm.models.packing import Packing
 from jaxrl_llm.types import Context, PyTree, Rollouts, masked
 
 
@@ -89,12 +90,18 @@ def _init_both(model: Model, key: Array) -> PyTree:
 
 
 def hidden_states(
-    model: Model, params: PyTree, rollouts: Rollouts, *, after: bool = False, layer: int | None = None
+    model: Model,
+    params: PyTree,
+    rollouts: Rollouts,
+    *,
+    after: bool = False,
+    layer: int | None = None,
+    packing: Packing | None = None,
 ) -> Array:
     """Final hidden states `[B G T D]` before each response token; `after` adds the one after the last, `[B G T+1 D]`.
 
     With `layer`, those that this layer leaves, without the final norm. A context is encoded once for the `G / C`
-    responses that share it. Arbitrary at padding.
+    responses that share it. Arbitrary at padding. With `packing`, those of the tokens it holds, `[shards N D]`.
 
     Raises:
       ValueError: the contexts do not divide the group; there is no such layer.
@@ -112,6 +119,10 @@ def hidden_states(
         tokens, attended = jnp.pad(tokens, more), jnp.pad(attended, more)
     context = Context(tokens=rollouts.context.tokens.reshape(-1, s), mask=rollouts.context.mask.reshape(-1, s))
     prefix, offset, last = prefix_of(context)
+    if packing is not None:
+        if model.packed is None:
+            raise ValueError("this model cannot score packed tokens (Model.packed)")
+        return model.packed(params, prefix, offset, inputs_of(last, tokens, attended), attended, packing=packing)
     hidden = states(params, prefix, offset, inputs_of(last, tokens, attended), attended)
     return hidden.reshape(b, g, *hidden.shape[2:])
 

@@ -80,7 +80,7 @@ def lora(
     def ready(function: Callable[..., Any] | None) -> Any:
         return None if function is None else functools.partial(_with_ready, function, model.dtype)
 
-    changed = {name: ready(getattr(adapted, name)) for name in ("hidden", "inner", "prefill", "decoder")}
+    changed = {name: ready(getattr(adapted, name)) for name in ("hidden", "inner", "packed", "prefill", "decoder")}
     return dataclasses.replace(adapted, init=init, adapter=adapter, **changed)
 
 

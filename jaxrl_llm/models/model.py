@@ -47,6 +47,7 @@ class Model:
         hidden states; `offset` is the prefix length, the position of input 0.
     inner: as `hidden`, with the keyword `layer` (from 0): what that layer leaves to the next, without the final norm;
         None if the model has no layers to look into.
+    packed: as `hidden`, with the keyword `packing`: `[shards N D]`, only the tokens it holds; None if the model cannot.
     logits: `(params, hidden [... D]) -> [... V]` float32.
     prefill: `(params, prefix: Context [M S]) -> Cache`, encodes the prefixes; `M` leads every leaf. `S` may be 0.
     decoder: `(params) -> PyTree`, what `decode` wants instead of `params`: cast and sliced once per generation.
@@ -71,6 +72,7 @@ class Model:
     empty: Callable[[int, int, int], Cache]
     decode: Callable[..., tuple[Array, Cache]]
     inner: Callable[..., Array] | None = None
+    packed: Callable[..., Array] | None = None
     dtype: Any = jnp.float32
     wrapped: Callable[..., Model] | None = None
     adapter: Adapter | None = None
@@ -104,7 +106,7 @@ def separate_prefixes(model: Model) -> Model:
     The same hidden states and gradients for more work, to compare with (Prefix Grouper, 2506.05433). Sampling still
     encodes a context once.
     """
-    return dataclasses.replace(model, hidden=functools.partial(_separate, model.hidden))
+    return dataclasses.replace(model, hidden=functools.partial(_separate, model.hidden), packed=None)
 
 
 def _separate(

@@ -19,6 +19,7 @@ from jaxrl_llm.models.attention import Rule, causal, one_token, rotary, rotate, 
 from jaxrl_llm.models.config import RopeScaling, TransformerConfig
 from jaxrl_llm.models.experts import Experts
 from jaxrl_llm.models.model import Cache, Model
+from jaxrl_llm.models.packing import Packing
 from jaxrl_llm.sharding import ROWS, split
 from jaxrl_llm.types import Context, PyTree
 
@@ -174,19 +175,34 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
             ],
             axis=1,
         )
-        # Input t carries token t - 1: it exists if that token does, and the context's last token always does.
-        exists = jnp.concatenate([jnp.ones((m, r, 1), bool), attended[..., :-1]], axis=-1)
-        own = jnp.tril(jnp.ones((t, t), bool)) & exists[:, :, None, :]
         few = c.first_layers(layer + 1)
         model = wrapped(Transformer(few, functools.partial(_attend_group, responses=r)))
         if few != c:
             params = {**params, "layers": jax.tree.map(lambda x: x[: layer + 1], params["layers"])}
-        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own, offset))
+        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, _own(attended), offset))
         return jnp.asarray(x)[:, s:].reshape(m, r, t, -1)
 
     def hidden(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array) -> Array:
         x = inner(params, prefix, offset, inputs, attended, layer=c.num_hidden_layers - 1)
         out: Any = bind(_attend_self).apply({"params": params}, x, method="final")
+        return jnp.asarray(out)
+
+    def packed(
+        params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array, *, packing: Packing
+    ) -> Array:
+        m, r, t = inputs.shape
+        s, shards = prefix.tokens.shape[-1], packing.order.shape[0]
+        places = (
+            jnp.broadcast_to(jnp.arange(s), (m, s)),
+            jnp.broadcast_to(offset[:, None, None] + jnp.arange(t), (m, r, t)),
+        )
+        tokens, positions = (
+            jnp.concatenate([far.reshape(shards, -1), packing.pack(own)], axis=1)
+            for far, own in zip((prefix.tokens, places[0]), (inputs, places[1]), strict=True)
+        )
+        seen = (prefix.mask, _own(attended), offset, packing)
+        x, _ = bind(_attend_packed).apply({"params": params}, tokens, positions, seen)
+        out: Any = bind(_attend_self).apply({"params": params}, x[:, m * s // shards :], method="final")
         return jnp.asarray(out)
 
     def logits(params: PyTree, hidden: Array) -> Array:
@@ -250,6 +266,7 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         init=init,
         hidden=hidden,
         inner=inner,
+        packed=packed,
         logits=logits,
         prefill=prefill,
         decoder=decoder,
@@ -306,16 +323,52 @@ def _attend_group(
     q: Array, k: Array, v: Array, seen: tuple[Array, Array, Array], rule: Rule, *, responses: int
 ) -> tuple[Array, None]:
     """Prefix tokens attend to themselves, each response to the prefix and itself; `[M, S + R * T, ...]`."""
-    prefix, own, offset = seen
-    m, s = prefix.shape
+    m, s = seen[0].shape
     (pq, rq), (pk, rk), (pv, rv) = ((x[:, :s], x[:, s:].reshape(m, responses, -1, *x.shape[2:])) for x in (q, k, v))
-    far, t = prefix, jnp.arange(rq.shape[2])
+    out = _to_prefix_and_self(rq, (pk, pv), (rk, rv), seen, rule)
+    return jnp.concatenate([causal(pq, pk, pv, seen[0], rule), out.reshape(m, -1, *q.shape[2:])], axis=1), None
+
+
+def _attend_packed(
+    q: Array, k: Array, v: Array, seen: tuple[Array, Array, Array, Packing], rule: Rule
+) -> tuple[Array, None]:
+    """As `_attend_group`, where each shard's prefixes are followed by the packed tokens of its responses."""
+    *where, packing = seen
+    m, s = where[0].shape
+    far = m * s // q.shape[0]
+    (pq, rq), (pk, rk), (pv, rv) = (
+        (x[:, :far].reshape(m, s, *x.shape[2:]), packing.unpack(x[:, far:])) for x in (q, k, v)
+    )
+    out = packing.pack(_to_prefix_and_self(rq, (pk, pv), (rk, rv), (where[0], where[1], where[2]), rule))
+    prefix = causal(pq, pk, pv, where[0], rule).reshape(q.shape[0], far, *q.shape[2:])
+    return jnp.concatenate([prefix, out], axis=1), None
+
+
+def _to_prefix_and_self(
+    q: Array,
+    prefix: tuple[Array, Array],
+    own: tuple[Array, Array],
+    seen: tuple[Array, Array, Array],
+    rule: Rule,
+) -> Array:
+    """`shared_prefix` under a rule; `seen`: the prefixes' mask `[M S]`, the responses' own, and their offset `[M]`."""
+    far, near, offset = seen
+    s, t = far.shape[-1], jnp.arange(q.shape[2])
     if rule.limits(s + t.size):
         # Prefix key s stands at s, response key t at offset + t.
-        far = prefix[:, None] & rule.near((offset[:, None] + t)[..., None] - jnp.arange(s))
-        own &= rule.near(t[:, None] - t)
-    out = shared_prefix(rq, (pk, pv, far), (rk, rv, own), rule)
-    return jnp.concatenate([causal(pq, pk, pv, prefix, rule), out.reshape(m, -1, *q.shape[2:])], axis=1), None
+        far = far[:, None] & rule.near((offset[:, None] + t)[..., None] - jnp.arange(s))
+        near &= rule.near(t[:, None] - t)
+    return shared_prefix(q, (*prefix, far), (*own, near), rule)
+
+
+def _own(attended: Array) -> Array:
+    """`[M R T T]` bool: which inputs of its own row `[M R T]` an input sees.
+
+    Input t carries token t - 1: it exists if that token does, and the context's last token always does.
+    """
+    t = attended.shape[-1]
+    exists = jnp.concatenate([jnp.ones((*attended.shape[:-1], 1), bool), attended[..., :-1]], axis=-1)
+    return jnp.tril(jnp.ones((t, t), bool)) & exists[..., None, :]
 
 
 def _attend_cache(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[Array, tuple[Array, Array]]:
