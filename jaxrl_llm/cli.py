@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train`, `jaxrl-llm quickstart`, `jaxrl-llm catalogue`."""
+"""The command line: `jaxrl-llm train`, `quickstart`, `resume`, `runs`, `catalogue`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxrl_llm import algorithms, catalogue, tasks
-from jaxrl_llm.job import SHIPPED, TrainConfig, execute, prepare
+from jaxrl_llm import algorithms, catalogue, runs, tasks
+from jaxrl_llm.checkpoint import CheckpointError
+from jaxrl_llm.execute import execute
+from jaxrl_llm.folder import FolderError
+from jaxrl_llm.job import SHIPPED, Job, TrainConfig, prepare, resumable
+from jaxrl_llm.watch import BadUpdate, Preempted
 
 # The first run of a stranger: the shipped policy knows the form of column addition and mostly forgets the carry.
 QUICKSTART = TrainConfig(
@@ -39,10 +44,13 @@ DESCRIPTION = """Reinforcement learning on language models.
     jaxrl-llm quickstart --seed 1 --algorithm rloo --run runs/rloo
     jaxrl-llm train --task countdown --steps 500 --learning-rate 1e-4
     jaxrl-llm train --task gsm8k --data FOLDER --policy FOLDER --set group_size=16 clip=0.2 kl=none
+    jaxrl-llm runs
+    jaxrl-llm resume runs/train --steps 1000
     jaxrl-llm catalogue --family credit
     jaxrl-llm catalogue show dapo
 
-A run leaves a folder: config.json, metrics.jsonl, summary.json, transcripts.json, checkpoint/, policy/, curve.png.
+A run leaves a folder: config.json, metrics.jsonl, events.jsonl, checkpoints/, summary.json, transcripts.json, policy/,
+curve.png. Told to end (SIGTERM) it saves a checkpoint and exits with status 0; whatever ended it, resume goes on.
 """
 
 
@@ -70,6 +78,26 @@ class Catalogue:
     """One family only; a part of its name is enough."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest undamaged checkpoint: the same steps, to the last bit."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Its folder."""
+    steps: int | None = None
+    """Steps of the whole run; none: as many as it was started with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The runs in a folder: how far they are, and whether they run, have finished, or were interrupted."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    """Where to look."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """All that is known of them, as JSON."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit status 2, and one line on stderr, where the input cannot be used."""
     # transformers is here for its tokenizers; that there is no PyTorch is as it should be.
@@ -78,25 +106,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if isinstance(config, Catalogue):
             return _print(answer(config))
+        if isinstance(config, Runs):
+            return _print(_standings(config))
         with _quiet("jaxrl_llm.tasks"):  # the run shows the task's report itself
-            job = prepare(config)
+            job = _job(config)
     except (ValueError, OSError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):  # not the user's; a missing extra is an ImportError in words
             raise
-        print(f"jaxrl-llm: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(error)
         sys.exit(2)
+    attempt(job)
+
+
+def attempt(job: Job) -> None:
+    """Executes a job and says how it ended where that is not the end of it: exit status 1, or 130 for Ctrl-C."""
+    again = f"jaxrl-llm resume {shlex.quote(str(job.config.run))}"
     try:
         execute(job)
     except KeyboardInterrupt:
-        print(f"jaxrl-llm: interrupted; {config.run}/metrics.jsonl holds the steps so far", file=sys.stderr)
+        _complain(f"interrupted; {job.config.run}/metrics.jsonl holds the steps so far, and {again} goes on")
         sys.exit(130)
+    except Preempted as ended:
+        _complain(f"{ended}; {again} goes on")
+    except (BadUpdate, CheckpointError, FolderError, OSError) as error:
+        _complain(f"{error} ({again} goes on from the last checkpoint that can be used)")
+        sys.exit(1)
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig | Catalogue:
+def _job(config: TrainConfig | Resume) -> Job:
+    if isinstance(config, Resume):
+        return prepare(resumable(config.run, config.steps), resumed=True)
+    return prepare(config)
+
+
+def _complain(what: Any) -> None:
+    print(f"jaxrl-llm: {' '.join(str(what).split())}", file=sys.stderr)
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig | Catalogue | Resume | Runs:
     """What a command line (`sys.argv` if None) asks for. Exits with status 2 where it is nothing."""
     named = f"Algorithms: {', '.join(algorithms.names())}.\nTasks: {', '.join(tasks.names())}."
-    config: TrainConfig | Catalogue = tyro.extras.subcommand_cli_from_dict(
-        {"train": _train, "quickstart": _quickstart, "catalogue": _catalogue},
+    config: TrainConfig | Catalogue | Resume | Runs = tyro.extras.subcommand_cli_from_dict(
+        {"train": _train, "quickstart": _quickstart, "resume": _resume, "runs": _runs, "catalogue": _catalogue},
         prog="jaxrl-llm",
         description=f"{DESCRIPTION}\n{named}",
         args=arguments,
@@ -121,6 +172,13 @@ def answer(question: Catalogue) -> str:
     if question.json or question.method.json:
         return _json(dataclasses.asdict(entry))
     return catalogue.plain_text(entry, min(width or 100, 100))
+
+
+def _standings(question: Runs) -> str:
+    found = runs.standings(question.folder)
+    if question.json:
+        return _json([dataclasses.asdict(run) for run in found])
+    return runs.table(found) if found else f"no runs in {question.folder}"
 
 
 def _json(data: Any) -> str:
@@ -148,6 +206,16 @@ def _quiet(logger: str) -> Iterator[None]:
 def _train(config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()) -> TrainConfig:  # noqa: B008, frozen
     """Train a policy on a task by reinforcement learning."""
     return config
+
+
+def _resume(run: tyro.conf.OmitArgPrefixes[Resume]) -> Resume:
+    """Go on with a run from its newest undamaged checkpoint: the same steps, to the last bit."""
+    return run
+
+
+def _runs(question: tyro.conf.OmitArgPrefixes[Runs] = Runs()) -> Runs:
+    """The runs in a folder: how far they are, and whether they run, have finished, or were interrupted."""
+    return question
 
 
 def _catalogue(methods: tyro.conf.OmitArgPrefixes[Catalogue] = Catalogue()) -> Catalogue:

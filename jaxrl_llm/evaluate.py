@@ -101,7 +101,7 @@ def evaluator(
 
 def _mean(x: np.ndarray, score: np.ndarray) -> float:
     """Mean of `x` over the rows with a score."""
-    scored = ~np.isnan(score)
+    scored = np.isfinite(score)
     return float(x[scored].mean()) if scored.any() else math.nan
 
 

@@ -1,4 +1,4 @@
-"""The main job: load a policy, train it on a task, evaluate it, and leave a folder that tells all."""
+"""The main job: what a user asks for, checked, and everything it names, found and read."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ import dataclasses
 import inspect
 import json
 import math
-import os
-import platform
-import time
-from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-import jax
-import numpy as np
-
-from jaxrl_llm import algorithms, checkpoint, report, tasks
-from jaxrl_llm.algorithm import Algorithm, describe
+from jaxrl_llm import algorithms, checkpoint, folder, tasks
+from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.arguments import arguments
 from jaxrl_llm.engine import learner
-from jaxrl_llm.evaluate import Evaluation, evaluator
+from jaxrl_llm.guard import guard
 from jaxrl_llm.models import hf
 from jaxrl_llm.models.heads import critic as critic_of
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
-from jaxrl_llm.progress import Display
-from jaxrl_llm.run import run
+from jaxrl_llm.tasks.isolated import Isolated
 from jaxrl_llm.tasks.task import Task
-from jaxrl_llm.types import Learner, Metrics, PyTree, Sampling, TrainState
+from jaxrl_llm.types import Learner, PyTree, Sampling
 from jaxrl_llm.updates.optimizer import adamw
 
 SHIPPED = Path(__file__).parent / "data" / "quickstart"
@@ -87,11 +79,28 @@ class TrainConfig:
     """Also evaluate every so many steps; 0: only before and after."""
     seed: int = 0
     """Decides everything random."""
+    checkpoint_every: int = 100
+    """Save the whole training state every so many steps, in the background; 0: at the end and when told to end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_best: int = 1
+    """How many of the best are kept besides: by held-out accuracy with --eval-every, else by reward since the last."""
+    save_errors: Literal["stop", "continue"] = "stop"
+    """A file that cannot be written (full disk, read-only folder) ends the run, or training goes on and tries later."""
+    bad_updates: Literal["apply", "skip", "stop", "back"] = "apply"
+    """An update that is not finite, or too large, is applied, left out, ends the run, or sends it to a checkpoint."""
+    bad_norm: float | None = None
+    """Gradient norm (before clipping) above which an update is too large; none: no bound."""
+    verifier_timeout: float | None = None
+    """Run a verifier on the host in a process of its own, and leave out responses it takes longer for, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A configuration with everything it names, found, read and checked. Made by `prepare`."""
+    """A configuration with everything it names, found, read and checked. Made by `prepare`.
+
+    data: sha256 of the files the task reads. resumed: whether it goes on where the run in the folder stopped.
+    """
 
     config: TrainConfig
     algorithm: Algorithm
@@ -99,101 +108,74 @@ class Job:
     model: TransformerConfig
     params: PyTree | None
     tokenizer: Any
+    data: str | None = None
+    resumed: bool = False
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """`execute(prepare(config))`."""
-    return execute(prepare(config))
-
-
-def prepare(config: TrainConfig) -> Job:
+def prepare(config: TrainConfig, resumed: bool = False) -> Job:
     """Reads and checks all that a user can get wrong; trains nothing and writes nothing.
 
+    Args:
+      config: of a new run, or from `resumable`.
+      resumed: the job goes on from the newest checkpoint in `config.run`, or from the start if there is none.
+
     Raises:
-      ValueError: a name, number or argument in the configuration, a malformed row of the data (`DataError`),
-        or a policy that does not fit the task.
+      ValueError: a name, number or argument in the configuration, a malformed row of the data (`DataError`), a policy
+        that does not fit the task, or data that are not those the run began with.
       OSError: a file that is missing, or a run in the folder although `overwrite` is off (`FileExistsError`).
     """
-    _check(config)
+    _check(config, resumed)
     algorithm = algorithms.load(config.algorithm, **arguments(algorithms.recipe(config.algorithm), config.set, "--set"))
     if config.policy is None:
         task = _task(config, None)
-        return Job(
-            config=config,
-            algorithm=algorithm,
-            task=task,
-            model=_small(len(task.tokenizer)),
-            params=None,
-            tokenizer=task.tokenizer,
-        )
-    model, params = hf.load(config.policy)
-    tokenizer = _tokenizer(config.policy)
-    task = _task(config, tokenizer)
-    if model.vocab_size < len(tokenizer):
-        raise ValueError(f"{config.policy}: the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}")
-    return Job(config=config, algorithm=algorithm, task=task, model=model, params=params, tokenizer=tokenizer)
-
-
-def execute(job: Job) -> dict[str, Any]:
-    """Trains; everything there is to know is in the folder `config.run` afterwards.
-
-    Writes `config.json` (the exact configuration, the recipe as an expression, versions), `metrics.jsonl` (a line a
-    step; `seconds` is training time so far, compilation included, evaluation not), `summary.json`, `transcripts.json`,
-    `checkpoint/` (the whole training state), `policy/` (the trained policy as a Hugging Face folder), and `curve.png`
-    where matplotlib is installed.
-
-    Returns:
-      what `summary.json` holds: `before` and `after` with `accuracy` (greedy) and `reward` (mean, sampled as in
-      training), `train_seconds`, `seed` and more.
-    """
-    config, task = job.config, job.task
-    folder = _folder(job)
-    parts = learner_of(job)
-    policy = language_model(transformer(job.model))
-    evaluate = evaluator(
-        policy,
-        task,
-        problems=config.eval_problems,
-        response_length=config.response_length,
-        sampling=_sampling(config),
+        model, params, tokenizer = _small(len(task.tokenizer)), None, task.tokenizer
+    else:
+        model, params = hf.load(config.policy)
+        tokenizer = _tokenizer(config.policy)
+        task = _task(config, tokenizer)
+        if model.vocab_size < len(tokenizer):
+            known = f"the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}"
+            raise ValueError(f"{config.policy}: {known}")
+    data = folder.digest(config.data)
+    if resumed and data != (before := folder.written(config.run)["data"]):
+        raise ValueError(f"--data {config.data} has changed since the run began: sha256 {before} then, {data} now")
+    return Job(
+        config=config,
+        algorithm=algorithm,
+        task=task,
+        model=model,
+        params=params,
+        tokenizer=tokenizer,
+        data=data,
+        resumed=resumed,
     )
-    evaluations: dict[int, Evaluation] = {}
 
-    with Display(config.steps, title=f"{config.algorithm} on {task.name}") as display, _lines(folder) as log:
-        display.say(_headline(job))
-        state = jax.jit(parts.init)(jax.random.key(config.seed))
-        evaluations[0] = evaluate(state.params["policy"])
-        display.evaluated(0, evaluations[0])
-        watch = _Watch(config, log, display, evaluate, evaluations)
-        prompts = None if task.batches is None else task.batches(config.seed, config.prompts_per_step)
-        state, _ = run(parts, None, config.steps, state=state, prompts=prompts, scan=config.scan, each=watch)
-        evaluations[config.steps] = evaluate(state.params["policy"])
-        display.evaluated(config.steps, evaluations[config.steps])
 
-    before, after = evaluations[0], evaluations[config.steps]
-    checkpoint.save(folder / "checkpoint", state)
-    hf.save(folder / "policy", job.model, jax.device_get(state.params["policy"]), tokenizer=job.tokenizer)
-    summary = {
-        "before": _short(before),
-        "after": _short(after),
-        "train_seconds": round(watch.seconds, 2),
-        "seed": config.seed,
-        "steps": config.steps,
-        "problems": before.problems,
-        "evaluations": {str(step): _short(e) for step, e in evaluations.items()},
-    }
-    _write(folder / "transcripts.json", {"before": before.transcripts, "after": after.transcripts})
-    _write(folder / "summary.json", summary)
-    report.curve(folder)
-    display.transcripts(before, after)
-    display.outcome(before, after, watch.seconds, folder)
-    return summary
+def resumable(run: Path, steps: int | None = None) -> TrainConfig:
+    """The configuration of the run in a folder, to `prepare` with `resumed=True`.
+
+    Args:
+      run: the folder.
+      steps: of the whole run, if it is to be another number.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: `config.json` cannot be used, `steps` is below what was done, or nothing is left to do.
+    """
+    config = folder.configured(TrainConfig, run)
+    config = config if steps is None else dataclasses.replace(config, steps=steps)
+    done = max(checkpoint.Checkpoints(run / "checkpoints").steps(), default=0)
+    if steps is not None and steps < done:
+        raise ValueError(f"--steps {steps}: {run} has already taken {done} steps")
+    if done == config.steps and (run / "summary.json").exists():
+        raise ValueError(f"{run} has taken all of its {done} steps: --steps N goes on to N")
+    return config
 
 
 def learner_of(job: Job) -> Learner:
     """The job's training step; with it, its checkpoint can be read."""
     config, model = job.config, transformer(job.model)
-    return learner(
+    plain = learner(
         job.algorithm,
         policy=language_model(model),
         task=job.task,
@@ -203,59 +185,31 @@ def learner_of(job: Job) -> Learner:
         critic_optimizer=adamw(config.critic_learning_rate),
         prompts_per_step=config.prompts_per_step,
         response_length=config.response_length,
-        sampling=_sampling(config),
+        sampling=sampling_of(config),
         accumulate=config.accumulate,
         verify=config.verify,
     )
+    if config.bad_updates == "apply":
+        return plain
+    return guard(plain, max_norm=math.inf if config.bad_norm is None else config.bad_norm)
 
 
-def _sampling(config: TrainConfig) -> Sampling:
+def sampling_of(config: TrainConfig) -> Sampling:
+    """The behaviour distribution."""
     return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-
-
-class _Watch:
-    """What happens on the host after every program: a line of metrics, the display, now and then an evaluation."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        log: IO[str],
-        display: Display,
-        evaluate: Callable[[PyTree], Evaluation],
-        evaluations: dict[int, Evaluation],
-    ) -> None:
-        self.seconds = 0.0
-        self._config, self._log, self._display = config, log, display
-        self._evaluate, self._evaluations = evaluate, evaluations
-        self._clock = time.perf_counter()
-
-    def __call__(self, done: int, state: TrainState, metrics: Metrics) -> None:
-        values = {name: np.asarray(x) for name, x in metrics.items()}  # waits for the step
-        spent = time.perf_counter() - self._clock
-        steps = len(values["loss"])
-        for i in range(steps):
-            self.seconds += spent / steps
-            line: dict[str, Any] = {"step": done - steps + i + 1, "seconds": round(self.seconds, 4)}
-            line |= {name: _finite(x[i]) for name, x in values.items()}
-            self._log.write(json.dumps(line, allow_nan=False) + "\n")
-        self._log.flush()
-        self._display.stepped(done, {name: float(x[-1]) for name, x in values.items()}, spent / steps)
-        every = self._config.eval_every
-        if every and done % every == 0 and done < self._config.steps:
-            self._evaluations[done] = self._evaluate(state.params["policy"])
-            self._display.evaluated(done, self._evaluations[done])
-        self._clock = time.perf_counter()
 
 
 # --- what a user can get wrong ----------------------------------------------------------------------------------------
 
 
-def _check(config: TrainConfig) -> None:
+def _check(config: TrainConfig, resumed: bool) -> None:
     c: dict[str, Any] = {name: value for name, value in vars(config).items() if value is not None}
     for name in ("steps", "prompts_per_step", "response_length", "accumulate", "scan", "eval_problems", "top_k"):
         if c.get(name, 1) < 1:
             raise ValueError(f"{_option(name)} must be at least 1, got {c[name]}")
-    for name in ("learning_rate", "critic_learning_rate", "eval_every", "seed"):
+    if c["keep_checkpoints"] < 1:
+        raise ValueError(f"--keep-checkpoints must be at least 1, got {c['keep_checkpoints']}")
+    for name in ("learning_rate", "critic_learning_rate", "eval_every", "seed", "checkpoint_every", "keep_best"):
         if not 0 <= c[name] < math.inf:
             raise ValueError(f"{_option(name)} must be a number and not negative, got {c[name]}")
     if not 0 < c["temperature"] < math.inf:
@@ -270,8 +224,16 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("--scan needs the step to be one program: --verify inside")
     if config.run.exists() and not config.run.is_dir():
         raise FileExistsError(f"--run {config.run} is a file")
-    if (config.run / "metrics.jsonl").exists() and not config.overwrite:
-        raise FileExistsError(f"{config.run} already holds a run: choose another --run, or pass --overwrite")
+    for name in ("bad_norm", "verifier_timeout"):
+        if not 0 < c.get(name, 1) < math.inf:
+            raise ValueError(f"{_option(name)} must be a positive number, got {c[name]}")
+    if config.bad_updates == "apply" and config.bad_norm is not None:
+        raise ValueError("--bad-norm says which updates are bad: --bad-updates skip, stop or back")
+    if config.bad_updates == "back" and not config.checkpoint_every:
+        raise ValueError("--bad-updates back needs checkpoints to go back to: --checkpoint-every N")
+    if (config.run / "metrics.jsonl").exists() and not (config.overwrite or resumed):
+        already = f"{config.run} already holds a run: choose another --run, or pass --overwrite"
+        raise FileExistsError(f"{already}, or go on with it: jaxrl-llm resume {config.run}")
 
 
 def _option(name: str) -> str:
@@ -302,7 +264,11 @@ def _task(config: TrainConfig, tokenizer: Any) -> Task:
         raise ValueError(f"the tokenizer in {config.policy} cannot read task {config.task!r}: {error}") from error
     if tokenizer is not None and task.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"the policy in {config.policy} has another vocabulary than task {task.name!r}")
-    return task
+    if config.verifier_timeout is None:
+        return task
+    if task.verify is not None:
+        raise ValueError(f"--verifier-timeout: the verifier of task {task.name} is part of the step and cannot hang")
+    return dataclasses.replace(task, grade=Isolated(task.grade, config.verifier_timeout))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -330,63 +296,3 @@ def _small(vocab: int) -> TransformerConfig:
         num_key_value_heads=2,
         head_dim=32,
     )
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def _folder(job: Job) -> Path:
-    folder = job.config.run
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "transcripts.json", "curve.png"):
-        (folder / name).unlink(missing_ok=True)
-    packages = ("jaxrl_llm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(job.config).items()}
-    _write(
-        folder / "config.json",
-        {
-            "config": config,
-            "recipe": describe(job.algorithm),
-            "model": dataclasses.asdict(job.model) | {"dtype": np.dtype(job.model.dtype).name},
-            "versions": {name: _version(name) for name in packages} | {"python": platform.python_version()},
-            "devices": [str(d) for d in jax.devices()],
-        },
-    )
-    return folder
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return None
-
-
-def _lines(folder: Path) -> IO[str]:
-    return (folder / "metrics.jsonl").open("w")
-
-
-def _write(path: Path, content: Any) -> None:
-    """JSON, whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
-def _short(evaluation: Evaluation) -> dict[str, float | None]:
-    return {"accuracy": _finite(evaluation.accuracy), "reward": _finite(evaluation.reward)}
-
-
-def _finite(x: Any) -> float | None:
-    """JSON has no NaN."""
-    return float(x) if math.isfinite(x) else None
-
-
-def _headline(job: Job) -> str:
-    size = 0 if job.params is None else sum(x.size for x in jax.tree.leaves(job.params))
-    policy = f"{job.config.policy} ({size / 1e6:.2f} M parameters)" if size else "a small random policy"
-    data = ""
-    if (found := job.task.report) is not None:
-        shown = [*found.skipped[:5], *(["..."] if len(found.skipped) > 5 else [])]
-        data = "\n        ".join([f"\ndata    {found}", *shown])
-    return f"policy  {policy}\nrecipe  {describe(job.algorithm)}{data}"

@@ -90,7 +90,7 @@ def sample(
 
 
 def verifier(task: Task) -> Callable[..., Array]:
-    """`(rollouts, *, inside) -> [B G]` float32, NaN where a row cannot be scored.
+    """`(rollouts, *, inside) -> [B G]` float32, NaN (or infinite) where a row cannot be scored.
 
     A verifier in the graph stays there. One on the host is called back from the program if `inside`, else directly.
     """
@@ -115,12 +115,13 @@ def verifier(task: Task) -> Callable[..., Array]:
 def _known(rollouts: Rollouts, ask: Callable[[tuple[Prompts, Array, Array]], Array]) -> Array:
     if rollouts.outcome is not None:
         return rollouts.outcome
-    return ask((rollouts.prompts, rollouts.tokens, rollouts.mask))
+    found = ask((rollouts.prompts, rollouts.tokens, rollouts.mask))
+    return jnp.where(jnp.isfinite(found), found, jnp.nan)
 
 
 def batch_of(rollouts: Rollouts, outcome: Array, step: Array) -> tuple[Batch, Array]:
     """The batch before any slot ran, and `[B G]` the rows that have tokens and a score."""
-    scored = ~jnp.isnan(outcome) & rollouts.scored.any(-1)
+    scored = jnp.isfinite(outcome) & rollouts.scored.any(-1)
     # What stands at padding is whatever the rollout left there.
     rollouts = dataclasses.replace(
         rollouts,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 from importlib.metadata import version
 from pathlib import Path
 
@@ -72,6 +74,22 @@ def forget(most=25_000):
     run._program.cache_clear()
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def no_room():
+    """`with no_room(size):` no file may grow beyond `size` bytes; the kernel refuses, as it does on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size=2000):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -103,7 +103,7 @@ def test_quickstart_checkpoint_and_policy_are_the_trained_ones(finished, shipped
     config = dataclasses.replace(cli.QUICKSTART, steps=3, prompts_per_step=4, set={"group_size": 4, "kl": None}, seed=3)
     prepared = job.prepare(dataclasses.replace(config, run=finished.parent / "other"))
     like = jax.eval_shape(job.learner_of(prepared).init, jax.random.key(0))
-    state = checkpoint.load(finished / "checkpoint", like)
+    state = checkpoint.load(finished / "checkpoints" / "3", like)
     assert int(state.step) == 3
     assert _equal(state.params["policy"], trained)
 
