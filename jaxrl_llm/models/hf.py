@@ -67,14 +67,22 @@ def read_config(
     folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, ignore: Collection[str] = ()
 ) -> TransformerConfig:
     """What `config.json` in a folder means; see `load`."""
-    path = Path(folder) / CONFIG
+    return read_settings(_settings(Path(folder) / CONFIG), str(Path(folder) / CONFIG), dtype=dtype, ignore=ignore)
+
+
+def config(path: str | os.PathLike[str], *, dtype: Any = jnp.float32) -> TransformerConfig:
+    """What a `config.json` alone means; arguments and errors as `load`."""
+    return read_settings(_settings(Path(path)), str(path), dtype=dtype)
+
+
+def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model folder holds {CONFIG} and {WEIGHTS}")
     try:
-        settings = json.loads(path.read_text())
+        settings: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    return read_settings(settings, str(path), dtype=dtype, ignore=ignore)
+    return settings
 
 
 def save(
