@@ -99,7 +99,7 @@ def learner(
     behaviour = jax.tree.map(_strong, sampling or Sampling())
     optimizers = {"policy": optimizer or adamw(1e-6), "critic": critic_optimizer or adamw(1e-5)}
     shards = rows_over(mesh)
-    ask, example = outside.verifier(task), outside.example(task, prompts_per_step)
+    ask, example = outside.verifier(task, mesh), outside.example(task, prompts_per_step)
 
     def init(
         key: Array, needs: Needs, params: PyTree | None = params, reference: PyTree | None = reference

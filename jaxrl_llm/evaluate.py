@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxrl_llm.policy import Policy
+from jaxrl_llm.sharding import on_all, on_mesh, over_data
 from jaxrl_llm.tasks.task import Task, decode_prompts, decode_responses, host_verifier
 from jaxrl_llm.types import Prompts, PyTree, Samples, Sampling
 
@@ -41,6 +43,7 @@ def evaluator(
     response_length: int | None = None,
     sampling: Sampling | None = None,
     transcripts: int = 4,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Evaluation]:
     """`(params, key=None) -> Evaluation` on the task's first held-out problems, compiled once.
 
@@ -51,6 +54,7 @@ def evaluator(
       response_length: tokens; the task's if None.
       sampling: of the answers whose mean reward is reported; temperature 1 if None.
       transcripts: how many to keep as text.
+      mesh: where the parameters are, if they are split over devices; the problems are split there too.
     """
     length = task.response_length if response_length is None else response_length
     held_out = task.test(problems if task.report is None else min(problems, task.report.test))
@@ -60,13 +64,23 @@ def evaluator(
     greedy = dataclasses.replace(sampling, temperature=jnp.zeros_like(sampling.temperature))
     grade = task.verify if task.verify is not None else host_verifier(task)
 
-    @jax.jit
-    def answer(params: PyTree, key: Array, prompts: Prompts, sampling: Sampling) -> Samples:
+    def answered(params: PyTree, key: Array, prompts: Prompts, sampling: Sampling) -> Samples:
+        prompts = over_data(mesh, prompts)
         context = jax.tree.map(lambda x: x[:, None], prompts.context)
         fold = jax.vmap(functools.partial(jax.random.fold_in, key))
         keys = fold(jnp.arange(prompts.index.shape[0]))[:, None]
         eos = (task.tokenizer.eos_token_id,)
-        return policy.sample(params, keys, context, sampling, length=length, eos=eos, stop=task.stop)
+        return on_all(mesh, policy.sample(params, keys, context, sampling, length=length, eos=eos, stop=task.stop))
+
+    program = jax.jit(on_mesh(mesh, answered))
+
+    def answer(params: PyTree, key: Array, prompts: Prompts, sampling: Sampling) -> Samples:
+        if mesh is None:
+            alone: Samples = program(params, key, prompts, sampling)
+            return alone
+        found: Samples = program(params, key, jax.tree.map(np.asarray, prompts), sampling)
+        found = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found)  # every process grades all
+        return found
 
     def evaluate(params: PyTree, key: Array | None = None) -> Evaluation:
         key = jax.random.key(0) if key is None else key

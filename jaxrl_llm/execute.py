@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_llm import checkpoint, folder, report
+from jaxrl_llm import checkpoint, distributed, folder, report, sharding
 from jaxrl_llm.algorithm import describe
 from jaxrl_llm.evaluate import Evaluation, evaluator
 from jaxrl_llm.job import Job, TrainConfig, learner_of, prepare, sampling_of
@@ -72,6 +72,7 @@ def execute(job: Job) -> dict[str, Any]:
                 problems=config.eval_problems,
                 response_length=config.response_length,
                 sampling=sampling_of(config),
+                mesh=job.mesh,
             ),
             counts=getattr(job.task.grade, "counts", None),
         )
@@ -98,11 +99,12 @@ def _start(
     job: Job, parts: Learner, checkpoints: checkpoint.Checkpoints, display: Display
 ) -> tuple[TrainState, Record]:
     """The state to go on from, and what was known then."""
-    init, key = jax.jit(parts.init), jax.random.key(job.config.seed)
-    saved = checkpoints.restore(jax.eval_shape(init, key)) if job.resumed else None
+    mesh, key = job.mesh, jax.random.key(job.config.seed)
+    like = jax.eval_shape(parts.init, key)
+    saved = checkpoints.restore(like if mesh is None else sharding.shaped(mesh, like)) if job.resumed else None
     if saved is None:
         _log(job, "started", steps=job.config.steps)
-        return init(key), Record()
+        return jax.jit(parts.init)(key) if mesh is None else sharding.place_state(mesh, parts.init(key)), Record()
     checkpoints.forget(after=saved.step)  # damaged ones
     display.say(f"going on from step {saved.step}")
     _log(job, "resumed", step=saved.step, steps=job.config.steps)
@@ -119,7 +121,8 @@ def _train(job: Job, parts: Learner, state: TrainState, watch: Watch) -> TrainSt
     while (left := config.steps - watch.record.step) > 0:
         prompts = None
         if job.task.batches is not None:
-            prompts = job.task.batches(config.seed, config.prompts_per_step, start=watch.record.cursor)
+            drawn = config.seed, config.prompts_per_step, watch.record.cursor
+            prompts = job.task.batches(*drawn) if job.mesh is None else distributed.batches(job.mesh, job.task, *drawn)
         try:
             state, _ = run(parts, None, left, state=state, prompts=prompts, scan=config.scan, each=watch)
         except GoBack:
@@ -142,9 +145,10 @@ def _finish(job: Job, state: TrainState, record: Record, display: Display) -> di
         "problems": before.problems,
         "evaluations": {str(step): _short(e) for step, e in record.evaluations.items()},
     }
+    policy = distributed.on_host(state.params["policy"])
     if jax.process_index() == 0:
         try:
-            hf.save(path / "policy", job.model, jax.device_get(state.params["policy"]), tokenizer=job.tokenizer)
+            hf.save(path / "policy", job.model, policy, tokenizer=job.tokenizer)
             folder.write(path / "transcripts.json", finite({"before": before.transcripts, "after": after.transcripts}))
             folder.write(path / "summary.json", summary)
             report.curve(path)

@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrl_llm import algorithms, checkpoint, folder, tasks
+from jax.sharding import Mesh
+
+from jaxrl_llm import algorithms, checkpoint, distributed, folder, sharding, tasks
 from jaxrl_llm.algorithm import Algorithm
 from jaxrl_llm.arguments import arguments
 from jaxrl_llm.engine import learner
@@ -93,6 +95,12 @@ class TrainConfig:
     """Gradient norm (before clipping) above which an update is too large; none: no bound."""
     verifier_timeout: float | None = None
     """Run a verifier on the host in a process of its own, and leave out responses it takes longer for, in seconds."""
+    mesh: str | None = None
+    """Devices along each axis, as data=2,fsdp=4,tensor=1, one of them -1 for the rest; none: one device."""
+    distributed: bool = False
+    """This process is one of several of the run: of a TPU slice, of Slurm, or as JAX_COORDINATOR_ADDRESS & co. say."""
+    heartbeat: int = 60
+    """Seconds after which a process that gives no sign of life ends the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +118,7 @@ class Job:
     tokenizer: Any
     data: str | None = None
     resumed: bool = False
+    mesh: Mesh | None = None
 
 
 def prepare(config: TrainConfig, resumed: bool = False) -> Job:
@@ -125,12 +134,13 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
       OSError: a file that is missing, or a run in the folder although `overwrite` is off (`FileExistsError`).
     """
     _check(config, resumed)
+    mesh = _mesh(config)
     algorithm = algorithms.load(config.algorithm, **arguments(algorithms.recipe(config.algorithm), config.set, "--set"))
     if config.policy is None:
         task = _task(config, None)
         model, params, tokenizer = _small(len(task.tokenizer)), None, task.tokenizer
     else:
-        model, params = hf.load(config.policy)
+        model, params = hf.load(config.policy, sharding=None if mesh is None else sharding.of_weights(mesh))
         tokenizer = _tokenizer(config.policy)
         task = _task(config, tokenizer)
         if model.vocab_size < len(tokenizer):
@@ -148,6 +158,7 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
         tokenizer=tokenizer,
         data=data,
         resumed=resumed,
+        mesh=mesh,
     )
 
 
@@ -188,6 +199,7 @@ def learner_of(job: Job) -> Learner:
         sampling=sampling_of(config),
         accumulate=config.accumulate,
         verify=config.verify,
+        mesh=job.mesh,
     )
     if config.bad_updates == "apply":
         return plain
@@ -204,7 +216,16 @@ def sampling_of(config: TrainConfig) -> Sampling:
 
 def _check(config: TrainConfig, resumed: bool) -> None:
     c: dict[str, Any] = {name: value for name, value in vars(config).items() if value is not None}
-    for name in ("steps", "prompts_per_step", "response_length", "accumulate", "scan", "eval_problems", "top_k"):
+    for name in (
+        "steps",
+        "prompts_per_step",
+        "response_length",
+        "accumulate",
+        "scan",
+        "eval_problems",
+        "top_k",
+        "heartbeat",
+    ):
         if c.get(name, 1) < 1:
             raise ValueError(f"{_option(name)} must be at least 1, got {c[name]}")
     if c["keep_checkpoints"] < 1:
@@ -234,6 +255,17 @@ def _check(config: TrainConfig, resumed: bool) -> None:
     if (config.run / "metrics.jsonl").exists() and not (config.overwrite or resumed):
         already = f"{config.run} already holds a run: choose another --run, or pass --overwrite"
         raise FileExistsError(f"{already}, or go on with it: jaxrl-llm resume {config.run}")
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    sizes: dict[str, Any] = {"data": -1} if config.mesh is None else sharding.parse(config.mesh)
+    if config.distributed:
+        distributed.start(heartbeat=config.heartbeat)
+    elif config.mesh is None:
+        return None
+    mesh = sharding.mesh(**sizes)
+    distributed.meet(mesh)
+    return mesh
 
 
 def _option(name: str) -> str:

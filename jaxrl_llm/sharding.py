@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.models.model import Model
@@ -58,6 +60,9 @@ TABLE: tuple[tuple[str, Rule], ...] = (
     (r"/lm_head$", ("fsdp", "tensor")),
     (r"/(q|k|v|gate|up)_proj" + _KERNEL, ("fsdp", "tensor")),
     (r"/(o|down)_proj" + _KERNEL, ("tensor", "fsdp")),
+    (r"/experts/(gate|up)_proj$", ("fsdp", "tensor")),
+    (r"/experts/down_proj$", ("tensor", "fsdp")),
+    (r"/router/kernel$", ("fsdp", None)),
     (r"/(q|k|v|gate|up)_proj/bias$", ("tensor",)),
     (r"/(q|k|v|gate|up)_proj/kernel_lora_a$", ("fsdp", None)),
     (r"/(q|k|v|gate|up)_proj/kernel_lora_b$", (None, "tensor")),
@@ -172,6 +177,19 @@ def rows_over(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in ROWS)
 
 
+def shaped(mesh: Mesh, tree: T, at: str = "") -> T:
+    """`jax.ShapeDtypeStruct`s of arrays that are where the table says: what a checkpoint is read into."""
+    found: T = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, of_state(mesh, tree, at)
+    )
+    return found
+
+
+def of_weights(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """`(path, shape) -> sharding` of a policy's parameters: what reading them from files wants to know."""
+    return lambda path, shape: NamedSharding(mesh, spec(mesh.shape, f"params/policy/{path}", shape))
+
+
 def of_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """The sharding of arrays whose first dimension is a step's prompts."""
     return jax.tree.map(lambda x: NamedSharding(mesh, fitted(mesh.shape, (ROWS,), x.shape)), tree)
@@ -211,6 +229,14 @@ def split(x: jax.Array, *axes: Axis) -> jax.Array:
     if where.empty or not isinstance(x, jax.core.Tracer):
         return x
     return _constrained(x, fitted(where.shape, axes, x.shape))
+
+
+def by_rows(mesh: Mesh | None, function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
+    """`function(*arrays)` of arrays `[B ...]` with a result `[B ...]`, called once for the rows of each device."""
+    if mesh is None:
+        return function(*arrays)
+    rows = fitted(mesh.shape, (ROWS,), jax.tree.leaves(arrays)[0].shape)
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
 
 
 def _constrained(tree: T, where: Any) -> T:
@@ -283,6 +309,35 @@ def place(mesh: Mesh, tree: T) -> T:
 def place_state(mesh: Mesh, tree: T, at: str = "") -> T:
     """Arrays of a state, or of its part `at`, where the table says."""
     return _put(tree, of_state(mesh, tree, at))
+
+
+def on_rows(mesh: Mesh | None, function: Callable[..., np.ndarray], arrays: tuple[Any, ...]) -> jax.Array:
+    """`function(*arrays)` on the host, of arrays `[B ...]` with a result `[B G]` like the second of them.
+
+    In several processes each calls it for the rows that its devices hold.
+    """
+    if mesh is None or mesh.devices.size == len(mesh.local_devices):
+        return jnp.asarray(function(*jax.tree.map(np.asarray, arrays)))
+    shape = arrays[1].shape[:2]
+
+    @functools.cache
+    def rows(first: int, end: int) -> np.ndarray:
+        return function(*jax.tree.map(lambda x: _held(x, first, end), arrays))
+
+    def at(index: Any) -> np.ndarray:
+        first, end, _ = index[0].indices(shape[0])
+        return rows(first, end)
+
+    return jax.make_array_from_callback(shape, of_rows(mesh, jax.ShapeDtypeStruct(shape, jnp.float32)), at)
+
+
+def _held(x: jax.Array, first: int, end: int) -> np.ndarray:
+    """Rows of an array that this process holds."""
+    for shard in x.addressable_shards:
+        start, stop, _ = shard.index[0].indices(x.shape[0])
+        if start <= first and end <= stop:
+            return np.asarray(shard.data)[first - start : end - start]
+    raise ValueError(f"rows {first} to {end} of {x.shape[0]} are not on the devices of this process: {x.sharding}")
 
 
 def replicate(mesh: Mesh, tree: T) -> T:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxrl_llm.policy import Policy
+from jaxrl_llm.sharding import by_rows, on_rows
 from jaxrl_llm.tasks.task import Task, host_verifier
 from jaxrl_llm.types import PADDING, POLICY, Batch, Context, Prompts, PyTree, Rollouts, Sampling, Steer, TrainState
 
@@ -89,10 +91,11 @@ def sample(
     )
 
 
-def verifier(task: Task) -> Callable[..., Array]:
+def verifier(task: Task, mesh: Mesh | None = None) -> Callable[..., Array]:
     """`(rollouts, *, inside) -> [B G]` float32, NaN (or infinite) where a row cannot be scored.
 
-    A verifier in the graph stays there. One on the host is called back from the program if `inside`, else directly.
+    A verifier in the graph stays there. One on the host is called back from the program if `inside`, else directly; on
+    a mesh the process of each device asks it about the rows that the device holds.
     """
     if task.verify is not None:
         graph = task.verify
@@ -100,14 +103,18 @@ def verifier(task: Task) -> Callable[..., Array]:
     host = host_verifier(task)
 
     def call_back(asked: tuple[Prompts, Array, Array]) -> Array:
-        shape = jax.ShapeDtypeStruct(asked[1].shape[:2], jnp.float32)
-        found: Array = jax.pure_callback(host, shape, *asked, vmap_method="sequential")
+        def of(*asked: Any) -> Array:
+            shape = jax.ShapeDtypeStruct(asked[1].shape[:2], jnp.float32)
+            found: Array = jax.pure_callback(host, shape, *asked, vmap_method="sequential")
+            return found
+
+        found: Array = by_rows(mesh, of, asked)
         return found
 
     def call(asked: tuple[Prompts, Array, Array]) -> Array:
         if isinstance(asked[1], jax.core.Tracer):
             raise ValueError("this rollout asks the verifier while it samples: use verify='inside'")
-        return jnp.asarray(host(*jax.tree.map(np.asarray, asked)))
+        return on_rows(mesh, host, asked)
 
     return lambda rollouts, *, inside: _known(rollouts, call_back if inside else call)
 

@@ -176,12 +176,14 @@ def _test(arrays: dict[str, Any], rows: int, n: int) -> Prompts:
     return _take(arrays, rows, rows + np.arange(n))
 
 
-def _batches(arrays: dict[str, Any], rows: int, seed: int, n: int, start: int = 0) -> Iterator[Prompts]:
+def _batches(
+    arrays: dict[str, Any], rows: int, seed: int, n: int, start: int = 0, part: slice = slice(None)
+) -> Iterator[Prompts]:
     """Batch `i` is the same whether or not the ones before it were taken; a batch may span two epochs."""
     for batch in itertools.count(start):
         places = np.arange(batch * n, (batch + 1) * n)
         epochs = {int(epoch): _shuffled(rows, seed, int(epoch)) for epoch in np.unique(places // rows)}
-        yield _take(arrays, rows, np.array([epochs[int(p // rows)][p % rows] for p in places]))
+        yield _take(arrays, rows, np.array([epochs[int(p // rows)][p % rows] for p in places[part]]))
 
 
 @functools.lru_cache(maxsize=4)

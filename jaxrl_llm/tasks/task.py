@@ -63,7 +63,8 @@ class Task:
         None where it cannot score. A plain reward function of the usual trainers fits.
     columns: `(Prompts) -> {name: list of length B}`, what `grade` is given besides the text.
     batches: `(seed, n, start=0) -> Iterator[Prompts]`, endless shuffled epochs of host data from batch `start` on,
-        each row once per epoch; None for a procedural task.
+        each row once per epoch; None for a procedural task. With an argument `part`, a slice of `n`, it can read those
+        rows of each batch alone: what a run in several processes asks each of them for.
     stop: stop sequences, as token ids.
     demonstrate: `(key, Prompts) -> Logged [B 2 T]`, in the graph: row 0 a right response (reward 1), row 1 a plausible
         wrong one (reward 0).
