@@ -62,7 +62,7 @@ def evaluator(
     batch = min(batch, total)
     sampling = jax.tree.map(jnp.asarray, sampling or Sampling())
     greedy = dataclasses.replace(sampling, temperature=jnp.zeros_like(sampling.temperature))
-    grade = task.verify if task.verify is not None else host_verifier(task)
+    grade = jax.jit(task.verify) if task.verify is not None else host_verifier(task)
 
     def answered(params: PyTree, key: Array, prompts: Prompts, sampling: Sampling) -> Samples:
         prompts = over_data(mesh, prompts)

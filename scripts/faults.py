@@ -24,6 +24,7 @@ from typing import Any
 
 from fault_runs import (
     EVERY,
+    LONG,
     ROOT,
     STEPS,
     Bench,
@@ -32,65 +33,79 @@ from fault_runs import (
     done,
     lines,
     small_disk,
+    steps_of,
     wait,
     whole_checkpoints,
 )
 
 
-def kill(bench: Bench, dice: random.Random, **changes: Any) -> str:
-    """kill -9 at a random moment, as often as it takes to the end"""
-    whole, run = bench.whole(**changes), bench.place()
-    kills, resumed = 0, False
-    while kills < 2:
-        process = bench.start(run, resumed=resumed, **changes)
-        goal = dice.randint(count(run) if resumed else 0, STEPS - 5)
-        if wait(process, lambda goal=goal: count(run) > goal):
-            time.sleep(dice.random() * 0.02)
+def kill(bench: Bench, dice: random.Random, times: int, **changes: Any) -> dict[str, int]:
+    """kill -9 at random moments of one run"""
+    whole, run, landed = bench.whole(**changes), bench.place(), 0
+    for i in range(times):
+        process = bench.start(run, resumed=i > 0, **changes)
+        goal = dice.randint(0, STEPS // 2) if i == 0 else count(run) + dice.randint(-EVERY, STEPS // times)
+        wait(process, lambda goal=goal: STEPS > count(run) > goal)
+        time.sleep(dice.random() * 0.03)
+        landed += process.poll() is None
         process.kill()
         process.communicate()
         whole_checkpoints(run)
-        kills, resumed = kills + 1, True
     done(bench.start(run, resumed=True, **changes))
     check_equal(run, whole)
-    return f"{kills} kills, then the undisturbed run"
+    return {"resumed each time; in the end the undisturbed run": landed}
 
 
-def kill_in_save(bench: Bench, dice: random.Random) -> str:
+def kill_in_save(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
     """kill -9 while a checkpoint is being written"""
     changes: dict[str, Any] = {"checkpoint_every": 1}
     whole, run = bench.whole(**changes), bench.place()
-    process = bench.start(run, **changes)
-    folder, goal = run / "checkpoints", dice.randint(1, STEPS - 10)
-    caught = wait(process, lambda: count(run) > goal and folder.is_dir() and list(folder.glob("*tmp*")))
-    time.sleep(dice.random() * 0.03)
-    process.kill()
-    process.communicate()
-    half = [path.name for path in folder.iterdir() if not path.name.isdecimal()]
-    whole_checkpoints(run)
+    found: dict[str, int] = {}
+    folder = run / "checkpoints"
+    for i in range(times):
+        old = set(folder.iterdir()) if i else set()
+        process = bench.start(run, resumed=i > 0, **changes)
+        goal = max(steps_of(run), default=0) + dice.randint(1, STEPS // (2 * times))
+
+        def saving(old: set[Path] = old, goal: int = goal) -> bool:
+            if count(run) <= goal or not folder.is_dir():
+                return False
+            return any("tmp" in path.name for path in set(folder.iterdir()) - old)
+
+        caught = wait(process, saving)
+        time.sleep(dice.random() * 0.05)
+        process.kill()
+        process.communicate()
+        assert caught, "the run ended before it could be killed"
+        half = {path for path in folder.iterdir() if not path.name.isdecimal()} - old
+        said = "half a checkpoint was left" if half else "it was complete by then"
+        found[said] = found.get(said, 0) + 1
+        whole_checkpoints(run)
     done(bench.start(run, resumed=True, **changes))
     check_equal(run, whole)
-    assert caught and all(path.name.isdecimal() for path in folder.iterdir()), "half a checkpoint is left"
-    return f"{'a half one was left and not used' if half else 'it was complete'}; then the undisturbed run"
+    assert all(path.name.isdecimal() for path in folder.iterdir()), "half a checkpoint is still there"
+    return {f"{said}, and none like it was used; in the end the undisturbed run": n for said, n in found.items()}
 
 
-def terminate(bench: Bench, dice: random.Random) -> str:
-    """SIGTERM at a random moment"""
-    whole, run = bench.whole(), bench.place()
-    process = bench.start(run)
-    goal = dice.randint(1, STEPS - 15)
-    wait(process, lambda: count(run) > goal)
-    process.terminate()
-    told = time.monotonic()
-    with contextlib.suppress(AssertionError):
+def terminate(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
+    """SIGTERM at random moments of one run"""
+    whole, run, seconds = bench.whole(), bench.place(), []
+    for i in range(times):
+        process = bench.start(run, resumed=i > 0)
+        goal = count(run) + dice.randint(0, STEPS // times - 3)
+        wait(process, lambda goal=goal: count(run) > goal)
+        process.terminate()
+        told = time.monotonic()
         done(process)
-    seconds = time.monotonic() - told
-    assert process.returncode == 0 and (run / "checkpoints" / str(count(run))).is_dir() and seconds < 30
+        seconds.append(time.monotonic() - told)
+        assert count(run) in steps_of(run) or count(run) == STEPS
     done(bench.start(run, resumed=True))
     check_equal(run, whole)
-    return f"saved, exit status 0 after {seconds:.1f} s; then the undisturbed run"
+    longest = f"exit status 0 after at most {max(seconds):.1f} s"
+    return {f"saved its last step, {longest}; in the end the undisturbed run": times}
 
 
-def full(bench: Bench, dice: random.Random, how: str) -> str:
+def full(bench: Bench, dice: random.Random, times: int, how: str) -> dict[str, int]:
     """the disk is full"""
 
     def fill(disk: Path) -> None:
@@ -105,10 +120,10 @@ def full(bench: Bench, dice: random.Random, how: str) -> str:
     done(bench.start(run, limit=6000, save_errors="stop"), status=1)
     done(bench.start(run, resumed=True))
     check_equal(run, bench.whole())
-    return "by RLIMIT_FSIZE: ended in words; resumed with room, the undisturbed run"
+    return {"by RLIMIT_FSIZE: ended in words; resumed with room, the undisturbed run": 1}
 
 
-def read_only(bench: Bench, dice: random.Random, how: str) -> str:
+def read_only(bench: Bench, dice: random.Random, times: int, how: str) -> dict[str, int]:
     """the folder cannot be written to"""
 
     def everything(disk: Path) -> list[str]:
@@ -122,17 +137,15 @@ def read_only(bench: Bench, dice: random.Random, how: str) -> str:
 
     with small_disk(bench) as disk:
         if disk is None:
-            return "not tried: mount needs root"
+            return {"not tried: mount needs root": 1}
         return _without_room(bench, dice, disk, how, lock, unlock)
 
 
 def _without_room(
     bench: Bench, dice: random.Random, disk: Path, how: str, take: Callable[[Path], None], give: Callable[[Path], None]
-) -> str:
-    run = disk / "run"
-    changes = {"save_errors": how, "steps": 4 * STEPS}
-    whole = bench.whole(**changes)
-    process = bench.start(run, **changes)
+) -> dict[str, int]:
+    run, whole = disk / "run", bench.whole(steps=LONG)
+    process = bench.start(run, steps=LONG, save_errors=how)
     goal = dice.randint(EVERY + 1, STEPS)
     assert wait(process, lambda: count(run) > goal)
     take(disk)
@@ -140,51 +153,47 @@ def _without_room(
         said = done(process, status=1)
         assert "jaxrl-llm resume" in said, said
         whole_checkpoints(run)
-        found = f"ended in words after step {count(run)}"
-    else:
-        assert wait(process, lambda: (run / "checkpoints").is_dir() and _went_on(process, run)), done(process)
-        found = "went on"
+        give(disk)
+        done(bench.start(run, steps=LONG, save_errors=how, resumed=True))
+        check_equal(run, whole)
+        return {"ended in words; resumed with room, the undisturbed run": 1}
+    time.sleep(1.0)
+    assert process.poll() is None, done(process)
     give(disk)
-    if how == "continue":
-        done(process)
-    else:
-        done(bench.start(run, resumed=True, **changes))
+    assert "not saved, going on" in done(process)
     check_equal(run, whole)
-    return f"{found}; with room again, the undisturbed run"
+    return {"trained on; with room again it wrote what was missing: the undisturbed run": 1}
 
 
-def _went_on(process: subprocess.Popen[str], run: Path) -> bool:
-    """A while has passed, and the process is there."""
-    time.sleep(0.4)
-    return process.poll() is None
-
-
-def damage(bench: Bench, dice: random.Random) -> str:
-    """a file of the newest checkpoint is damaged"""
-    whole, run = bench.whole(), bench.place()
-    process = bench.start(run)
-    wait(process, lambda: count(run) > 3 * EVERY)
-    process.kill()
-    process.communicate()
-    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-    newest = run / "checkpoints" / str(steps[-1])
-    sealed = (newest / "digests.json").exists()
-    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
-    files = [path for path in files if path.name != "digests.json"]
-    victim, how = dice.choice(files), dice.choice(["a bit flipped", "cut in half", "deleted"])
-    data = bytearray(victim.read_bytes())
-    data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
-    if how == "deleted":
-        victim.unlink()
-    else:
-        victim.write_bytes(data if how == "a bit flipped" else data[: len(data) // 2])
-    said = done(bench.start(run, resumed=True))
-    assert not sealed or f"checkpoint {steps[-1]} is damaged" in said, said
+def damage(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
+    """a file of the newest checkpoint is damaged, in one run again and again"""
+    whole, run, newest = bench.whole(), bench.place(), 0
+    found: dict[str, int] = {}
+    for i in range(times):
+        process = bench.start(run, resumed=i > 0)
+        goal = max(steps_of(run), default=EVERY) + EVERY
+        wait(process, lambda goal=goal: STEPS > count(run) > goal)
+        process.terminate()
+        said = done(process)
+        assert i == 0 or f"checkpoint {newest} is damaged" in said, said
+        newest = max(steps_of(run))
+        files = [path for path in (run / "checkpoints" / str(newest)).rglob("*") if path.is_file()]
+        files = [path for path in files if path.stat().st_size and path.name != "digests.json"]
+        victim, how = dice.choice(files), ("a bit flipped", "cut in half", "deleted")[i % 3]
+        data = bytearray(victim.read_bytes())
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        if how == "deleted":
+            victim.unlink()
+        else:
+            victim.write_bytes(data if how == "a bit flipped" else data[: len(data) // 2])
+        found[how] = found.get(how, 0) + 1
+    done(bench.start(run, resumed=True))
     check_equal(run, whole)
-    return "said so, went on from the one before; then the undisturbed run"
+    after = "said so, went on from the one before; in the end the undisturbed run"
+    return {f"{how}: {after}": n for how, n in found.items()}
 
 
-def bad_update(bench: Bench, dice: random.Random, size: str, how: str) -> str:
+def bad_update(bench: Bench, dice: random.Random, times: int, size: str, how: str) -> dict[str, int]:
     """gradients that are not finite or explode"""
     run = bench.place()
     changes: dict[str, Any] = {"trouble": size, "bad_updates": how, "bad_norm": 1e3, "checkpoint_every": 2}
@@ -203,15 +212,15 @@ def bad_update(bench: Bench, dice: random.Random, size: str, how: str) -> str:
     assert int(state[".memory['guard']['skipped']"]) == len(skipped)
     if how == "skip":
         assert skipped and len(found) == STEPS
-        return f"{len(skipped)} of {STEPS} steps left out, all parameters finite"
+        return {f"{len(skipped)} of {STEPS} steps left out, all parameters finite": 1}
     if how == "stop":
         assert skipped == [len(found)] == [last]
-        return f"ended at step {last}, whose checkpoint is without it"
+        return {f"ended at step {last}, whose checkpoint is without it": 1}
     assert back and not skipped and len(found) == STEPS
-    return f"went back {back} times, finished all steps, all parameters finite"
+    return {f"went back {back} times, finished all steps, all parameters finite": 1}
 
 
-def verifier(bench: Bench, dice: random.Random, fault: str, where: str) -> str:
+def verifier(bench: Bench, dice: random.Random, times: int, fault: str, where: str) -> dict[str, int]:
     """a verifier misbehaves on some responses"""
     run = bench.place()
     done(bench.start(run, fault=fault, verify=where, steps=4, eval_problems=2))
@@ -221,21 +230,23 @@ def verifier(bench: Bench, dice: random.Random, fault: str, where: str) -> str:
     rows = sum(round(line["unscored_rows"] * 32) for line in found)
     assert faults == rows > 0 and sum(line[k] for line in found for k in line if k.startswith("verifier/")) == faults
     assert all(line["reward/min"] >= 0 and line["loss"] is not None for line in found)
-    return f"{faults} of {32 * len(found)} responses not scored and counted, the others as ever"
+    return {f"{faults} of {32 * len(found)} responses not scored and counted, the others as ever": 1}
 
 
-FAULTS: dict[str, tuple[Callable[[Bench, random.Random], str], int]] = {
-    "kill": (kill, 6),
-    "kill in a save": (kill_in_save, 6),
-    "kill, slots refilled": (functools.partial(kill, slots=5), 2),
-    "kill, partial rollouts (april)": (functools.partial(kill, algorithm="april", set={"group_size": 8}, slots=5), 2),
-    "kill, several steps a program": (functools.partial(kill, scan=5, checkpoint_every=10), 2),
+Fault = Callable[[Bench, random.Random, int], dict[str, int]]
+
+FAULTS: dict[str, tuple[Fault, int]] = {
+    "kill -9": (kill, 10),
+    "kill -9 in a save": (kill_in_save, 8),
+    "kill -9, slots refilled": (functools.partial(kill, slots=5), 3),
+    "kill -9, partial rollouts": (functools.partial(kill, algorithm="april", set={"group_size": 8}, slots=5), 3),
+    "kill -9, five steps a program": (functools.partial(kill, scan=5, checkpoint_every=10), 3),
     "SIGTERM": (terminate, 5),
-    "disk full, stop": (functools.partial(full, how="stop"), 2),
-    "disk full, continue": (functools.partial(full, how="continue"), 2),
-    "read-only folder, stop": (functools.partial(read_only, how="stop"), 2),
-    "read-only folder, continue": (functools.partial(read_only, how="continue"), 2),
-    "damaged checkpoint": (damage, 5),
+    "disk full, stop": (functools.partial(full, how="stop"), 1),
+    "disk full, continue": (functools.partial(full, how="continue"), 1),
+    "read-only folder, stop": (functools.partial(read_only, how="stop"), 1),
+    "read-only folder, continue": (functools.partial(read_only, how="continue"), 1),
+    "damaged checkpoint": (damage, 6),
     **{
         f"{size} gradient, {how}": (functools.partial(bad_update, size=size, how=how), 1)
         for size in ("NaN", "Inf", "huge")
@@ -256,38 +267,38 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--no-table", action="store_true", help="print only")
     given = parser.parse_args()
-    rows = []
+    rows: list[tuple[str, dict[str, int], float]] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for name, (fault, times) in FAULTS.items():
             if given.only is not None and given.only not in name:
                 continue
-            outcomes: dict[str, int] = {}
             start = time.monotonic()
-            for i in range(given.times or times):
-                outcome = fault(bench, random.Random(f"{given.seed} {name} {i}"))
-                outcomes[outcome] = outcomes.get(outcome, 0) + 1
-                print(f"{name} {i + 1}: {outcome}", flush=True)
-            rows.append((name, sum(outcomes.values()), outcomes, time.monotonic() - start))
-    if not given.no_table:
-        write(rows)
+            outcomes = fault(bench, random.Random(f"{given.seed} {name}"), given.times or times)
+            rows.append((name, outcomes, time.monotonic() - start))
+            if not given.no_table:
+                write(rows)
+            for outcome, n in outcomes.items():
+                print(f"{name}, {n} times: {outcome} ({rows[-1][-1]:.0f} s)", flush=True)
 
 
-def write(rows: list[tuple[str, int, dict[str, int], float]]) -> None:
-    """docs/faults.md."""
+def write(rows: list[tuple[str, dict[str, int], float]]) -> None:
+    """docs/faults.md: its table, with these rows in the place of those of the same faults."""
+    path, found = ROOT / "docs" / "faults.md", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("| ") and (name := line.split(" | ")[0][2:]) in FAULTS:
+            found.setdefault(name, []).append(line)
+    found |= {name: [f"| {name} | {n} | {what} |" for what, n in outcomes.items()] for name, outcomes, _ in rows}
     head = [
         "# What happens when something breaks",
         "",
-        "Written by `python scripts/faults.py`; its first lines say what is compared. A row can be tried alone:",
-        '`python scripts/faults.py --only "NAME" --no-table`.',
+        "Written by `python scripts/faults.py`, which says in its first lines what is done and compared; a row alone:",
+        '`python scripts/faults.py --only "NAME" --times N`.',
         "",
-        "| fault | times | outcome | seconds |",
-        "|---|---|---|---|",
+        "| fault | times | outcome |",
+        "|---|---|---|",
     ]
-    for name, times, outcomes, seconds in rows:
-        said = "<br>".join(f"{n} x {what}" if len(outcomes) > 1 else what for what, n in outcomes.items())
-        head.append(f"| {name} | {times} | {said} | {seconds:.0f} |")
-    (ROOT / "docs" / "faults.md").write_text("\n".join(head) + "\n")
+    path.write_text("\n".join(head + [line for name in FAULTS for line in found.get(name, ())]) + "\n")
 
 
 if __name__ == "__main__":
