@@ -170,7 +170,8 @@ def measure(
     length = statistics.mean(new_tokens) / (work.rows * work.seeds)
     updated = work.seeds * (work.prompts * (work.prompt_tokens - 1) + work.rows * work.new_tokens)
     out = {
-        "workload": name, "size": size, "kl": kl, "dtype": dtype, "seeds": work.seeds, "slots": work.slots, "sizes": sizes,
+        "workload": name, "size": size, "kl": kl, "dtype": dtype, "seeds": work.seeds, "slots": work.slots,
+        "sizes": sizes,
         "step": _spread(times), "generation": _spread(generation), "update": total - gen,
         "mean_length": length,
         "generated_tokens_per_s": statistics.mean(new_tokens) / total,
@@ -284,7 +285,7 @@ def main() -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--remat", default=TransformerConfig.remat or "none", help="what the update keeps; none: everything")
     p.add_argument(
-        "--sizes", type=int, help="packing of the update, see `language_model`; if not given, the workload's"
+        "--sizes", type=int, help="packing, see `language_model`; if not given, the workload's"
     )
     p.add_argument("--peers", type=Path, help="folder made by peers/setup.sh")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
