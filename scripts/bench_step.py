@@ -284,9 +284,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=1, help="ours and each peer in turn, so often")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--remat", default=TransformerConfig.remat or "none", help="what the update keeps; none: everything")
-    p.add_argument(
-        "--sizes", type=int, help="packing, see `language_model`; if not given, the workload's"
-    )
+    p.add_argument("--sizes", type=int, help="packing, see `language_model`; if not given, the workload's")
     p.add_argument("--peers", type=Path, help="folder made by peers/setup.sh")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     args = p.parse_args()
