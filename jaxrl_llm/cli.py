@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train`, `quickstart`, `resume`, `runs`, `catalogue`."""
+"""The command line: `jaxrl-llm train`, `quickstart`, `resume`, `runs`, `plan`, `catalogue`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from jaxrl_llm.checkpoint import CheckpointError
 from jaxrl_llm.execute import execute
 from jaxrl_llm.folder import FolderError
 from jaxrl_llm.job import SHIPPED, Job, TrainConfig, prepare, resumable
+from jaxrl_llm.plan import PlanConfig
 from jaxrl_llm.watch import BadUpdate, Preempted
 
 # The first run of a stranger: the shipped policy knows the form of column addition and mostly forgets the carry.
@@ -44,8 +45,10 @@ DESCRIPTION = """Reinforcement learning on language models.
     jaxrl-llm quickstart --seed 1 --algorithm rloo --run runs/rloo
     jaxrl-llm train --task countdown --steps 500 --learning-rate 1e-4
     jaxrl-llm train --task gsm8k --data FOLDER --policy FOLDER --set group_size=16 clip=0.2 kl=none
+    jaxrl-llm train --policy FOLDER --lora-rank 16 --quantize nf4 --learning-rate 1e-4
     jaxrl-llm runs
     jaxrl-llm resume runs/train --steps 1000
+    jaxrl-llm plan --model qwen2.5-7b --topology v5e:8x8 --mesh fsdp=16,tensor=4 --accumulate 4
     jaxrl-llm catalogue --family credit
     jaxrl-llm catalogue show dapo
 
@@ -108,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return _print(answer(config))
         if isinstance(config, Runs):
             return _print(_standings(config))
+        if isinstance(config, PlanConfig):
+            return _planned(config)
         with _quiet("jaxrl_llm.tasks"):  # the run shows the task's report itself
             job = _job(config)
     except (ValueError, OSError, ImportError) as error:
@@ -143,11 +148,14 @@ def _complain(what: Any) -> None:
     print(f"jaxrl-llm: {' '.join(str(what).split())}", file=sys.stderr)
 
 
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig | Catalogue | Resume | Runs:
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig | Catalogue | Resume | Runs | PlanConfig:
     """What a command line (`sys.argv` if None) asks for. Exits with status 2 where it is nothing."""
     named = f"Algorithms: {', '.join(algorithms.names())}.\nTasks: {', '.join(tasks.names())}."
-    config: TrainConfig | Catalogue | Resume | Runs = tyro.extras.subcommand_cli_from_dict(
-        {"train": _train, "quickstart": _quickstart, "resume": _resume, "runs": _runs, "catalogue": _catalogue},
+    config: TrainConfig | Catalogue | Resume | Runs | PlanConfig = tyro.extras.subcommand_cli_from_dict(
+        {
+            **{"train": _train, "quickstart": _quickstart, "resume": _resume, "runs": _runs},
+            **{"plan": _plan, "catalogue": _catalogue},
+        },
         prog="jaxrl-llm",
         description=f"{DESCRIPTION}\n{named}",
         args=arguments,
@@ -172,6 +180,23 @@ def answer(question: Catalogue) -> str:
     if question.json or question.method.json:
         return _json(dataclasses.asdict(entry))
     return catalogue.plain_text(entry, min(width or 100, 100))
+
+
+def _planned(config: PlanConfig) -> None:
+    """Prints the plan; exit status 1 if the step does not fit."""
+    import jax
+
+    from jaxrl_llm import plan, plan_text
+
+    kind, _, devices = config.topology.partition(":")
+    with contextlib.suppress(RuntimeError):  # JAX runs already: `plan` says so if it has too few devices
+        jax.config.update("jax_platforms", "cpu")  # a plan needs no accelerator, and must not wait for one
+        if kind == "cpu" and devices.isdigit():
+            jax.config.update("jax_num_cpu_devices", int(devices))
+    found = plan.plan(config)
+    _print(plan_text.as_json(found) if config.json else plan_text.text(found))
+    if not found.memory.fits:
+        sys.exit(1)
 
 
 def _standings(question: Runs) -> str:
@@ -205,6 +230,11 @@ def _quiet(logger: str) -> Iterator[None]:
 
 def _train(config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()) -> TrainConfig:  # noqa: B008, frozen
     """Train a policy on a task by reinforcement learning."""
+    return config
+
+
+def _plan(config: tyro.conf.OmitArgPrefixes[PlanConfig]) -> PlanConfig:
+    """Compile a training step for a TPU slice, without one: memory, time and traffic of a chip."""
     return config
 
 

@@ -13,9 +13,8 @@ import numpy as np
 from jaxrl_llm import checkpoint, distributed, folder, report, sharding
 from jaxrl_llm.algorithm import describe
 from jaxrl_llm.evaluate import Evaluation, evaluator
-from jaxrl_llm.job import Job, TrainConfig, learner_of, prepare, sampling_of
-from jaxrl_llm.models import hf
-from jaxrl_llm.models.transformer import transformer
+from jaxrl_llm.job import Job, TrainConfig, alpha_of, learner_of, model_of, prepare, sampling_of
+from jaxrl_llm.models import hf, peft
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.progress import Display
 from jaxrl_llm.run import run
@@ -54,7 +53,15 @@ def execute(job: Job) -> dict[str, Any]:
         beside = _begin(job, display)
         kept = {"keep": config.keep_checkpoints, "best": config.keep_best}
         checkpoints = stack.enter_context(checkpoint.Checkpoints(config.run / "checkpoints", say=display.say, **kept))
-        parts = learner_of(job)
+        parts, policy = learner_of(job), language_model(model_of(job))
+        evaluate = evaluator(
+            policy,
+            job.task,
+            problems=config.eval_problems,
+            response_length=config.response_length,
+            sampling=sampling_of(config),
+            mesh=job.mesh,
+        )
         state, record = _start(job, parts, checkpoints, display)
         lines = stack.enter_context(folder.Lines(config.run / "metrics.jsonl" if first else None, keep=record.step))
         watch = Watch(
@@ -66,14 +73,7 @@ def execute(job: Job) -> dict[str, Any]:
             display=display,
             checkpoints=checkpoints,
             preemption=preemption,
-            evaluate=evaluator(
-                language_model(transformer(job.model)),
-                job.task,
-                problems=config.eval_problems,
-                response_length=config.response_length,
-                sampling=sampling_of(config),
-                mesh=job.mesh,
-            ),
+            evaluate=lambda params: evaluate(policy.whole(params)),
             counts=getattr(job.task.grade, "counts", None),
         )
         state = _train(job, parts, state, watch)
@@ -145,10 +145,10 @@ def _finish(job: Job, state: TrainState, record: Record, display: Display) -> di
         "problems": before.problems,
         "evaluations": {str(step): _short(e) for step, e in record.evaluations.items()},
     }
-    policy = distributed.on_host(state.params["policy"])
+    weights = distributed.on_host({role: x for role, x in state.params.items() if role in ("base", "policy")})
     if jax.process_index() == 0:
         try:
-            hf.save(path / "policy", job.model, policy, tokenizer=job.tokenizer)
+            _write_policy(job, weights)
             folder.write(path / "transcripts.json", finite({"before": before.transcripts, "after": after.transcripts}))
             folder.write(path / "summary.json", summary)
             report.curve(path)
@@ -159,6 +159,16 @@ def _finish(job: Job, state: TrainState, record: Record, display: Display) -> di
     display.transcripts(before, after)
     display.outcome(before, after, record.seconds, path)
     return summary
+
+
+def _write_policy(job: Job, weights: dict[str, Any]) -> None:
+    """A folder that needs nothing else; of adapters, merged, and the adapters in one of their own."""
+    params, path, adapter = weights["policy"], job.config.run, model_of(job).adapter
+    if adapter is not None:
+        base = None if job.config.policy is None else str(job.config.policy.absolute())
+        peft.save(path / "adapters", params, alpha=alpha_of(job.config), base=base)
+        params = jax.device_get(jax.jit(adapter.merge)(weights["base"], params))
+    hf.save(path / "policy", job.model, params, tokenizer=job.tokenizer)
 
 
 def _log(job: Job, what: str, **values: Any) -> None:

@@ -7,6 +7,7 @@
 `checkpoints/`     whole training states, a folder each, named by step
 `lock`             held by the process that trains
 `summary.json`     accuracy and reward before and after; written last, with `transcripts.json`, `policy/`, `curve.png`
+`adapters/`        of a run with adapters: them alone, for PEFT; `policy/` has them merged
 =================  =====================================================================================
 """
 
@@ -225,7 +226,7 @@ def clear(folder: Path) -> None:
     """Removes what an earlier run left."""
     for name in ("summary.json", "transcripts.json", "curve.png", "metrics.jsonl", "events.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "policy"):
+    for name in ("checkpoints", "policy", "adapters"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_llm.chips import LATENCY, Topology
 from jaxrl_llm.hlo import Collective
@@ -21,8 +22,9 @@ PHASES = ("generation", "scoring", "forward", "backward", "optimizer", "other")
 class Memory(NamedTuple):
     """Bytes on one chip.
 
-    `cache` is the part of `temporary` that sampling carries and changes. `total` is the most that is alive at once;
-    where a program does not fit, the compiler names only that.
+    Of `temporary`, `cache` is what sampling carries and changes, `reads` what it only reads (weights in the type of the
+    computation, the prompts' cache). `total` is the most that is alive at once; where a program does not fit, the
+    compiler names only that.
     """
 
     parameters: float
@@ -30,6 +32,7 @@ class Memory(NamedTuple):
     other: float
     temporary: float
     cache: float
+    reads: float
     program: float
     total: float
     limit: float | None
@@ -53,12 +56,12 @@ class Phase(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A kind of collective of one size, `count` a step, and how long all of them take if nothing hides them."""
+    """A kind of collective of one size, `times` a step, and how long all of them take if nothing hides them."""
 
     kind: str
     bytes: int
     devices: int
-    count: int
+    times: int
     seconds: float | None
 
 
@@ -69,11 +72,11 @@ def state_memory(state: TrainState, where: Topology) -> Memory:
         return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x) for x in jax.tree.leaves(tree)))
 
     parts = on_one(state.params), on_one(state.opt_state), on_one((state.memory, state.numbers, state.sampling))
-    return Memory(*parts, 0.0, 0.0, 0.0, sum(parts), None if where.chip is None else where.chip.memory)
+    return Memory(*parts, 0.0, 0.0, 0.0, 0.0, sum(parts), None if where.chip is None else where.chip.memory)
 
 
 def _itemsize(x: Any) -> int:
-    return 0 if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else int(x.dtype.itemsize)
+    return 0 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else int(x.dtype.itemsize)
 
 
 def used(state: Memory, found: Any, cache: Carried) -> Memory:
@@ -85,6 +88,7 @@ def used(state: Memory, found: Any, cache: Carried) -> Memory:
         other=max(arguments_ - state.parameters - state.optimizer, 0.0) + results,
         temporary=found.temp_size_in_bytes,
         cache=min(cache.changed, found.temp_size_in_bytes),
+        reads=min(cache.read, found.temp_size_in_bytes),
         program=found.generated_code_size_in_bytes,
         total=total,
     )
@@ -122,10 +126,10 @@ def phases(found: list[Cost], where: Topology) -> dict[str, Phase]:
         bodies.setdefault(cost.where, []).append(cost)
     total = dict.fromkeys(PHASES, Phase(0.0, 0.0, 0.0, 0.0))
     for body in bodies.values():
-        weight = collections.Counter[str]()
+        weight = dict.fromkeys(PHASES, 0.0)
         for cost in body:
-            weight[_phase(cost.source)] += cost.cycles + cost.flops + 1 if cost.source else 0
-        most = weight.most_common(1)[0][0]
+            weight[_phase(cost.source)] += cost.cycles + cost.flops + 1 if cost.source else 0.0
+        most = max(PHASES, key=lambda name: weight[name])
         parts: dict[str, list[Cost]] = {}
         for cost in body:
             parts.setdefault(_phase(cost.source) if cost.source else most, []).append(cost)
@@ -152,7 +156,7 @@ def exchanges(found: list[Collective], where: Topology) -> list[Exchange]:
     for one in found:
         count[one.kind, one.bytes, one.devices] += one.times
     all_ = [_exchange(*key, n, where) for key, n in count.items()]
-    return sorted(all_, key=lambda e: (-(e.seconds or 0.0), -e.bytes * e.count))
+    return sorted(all_, key=lambda e: (-(e.seconds or 0.0), -e.bytes * e.times))
 
 
 def _exchange(kind: str, size: int, devices: int, count: int, where: Topology) -> Exchange:

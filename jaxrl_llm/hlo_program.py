@@ -45,10 +45,11 @@ Computation = dict[str, Instruction]
 
 
 class Program(NamedTuple):
-    """Computations by name, and the name of the first to run."""
+    """Computations by name, the name of the first to run, and how often loops without a bound run in it."""
 
     computations: dict[str, Computation]
     entry: str
+    unbounded: int
 
 
 class Loop(NamedTuple):
@@ -66,11 +67,12 @@ class Loop(NamedTuple):
         return max(1, round(self.trips * share)) if self.sampling else self.trips
 
 
-def parse(hlo_text: str) -> Program:
+def parse(hlo_text: str, unbounded: int = 1) -> Program:
     """The instructions of a compiled program.
 
     Args:
       hlo_text: `compiled.as_text()`.
+      unbounded: how often a loop of the first computation runs that has no bound, as one that refills slots.
 
     Raises:
       ValueError: the text is not that of a compiled program.
@@ -92,14 +94,14 @@ def parse(hlo_text: str) -> Program:
             )
     if not entry:
         raise ValueError("hlo_text has no ENTRY computation: it must be that of a compiled program, compiled.as_text()")
-    return Program(computations, entry)
+    return Program(computations, entry, unbounded)
 
 
 def loops(program: Program) -> list[Loop]:
     """All loops. One whose condition asks for more than a bound (as `any row is alive`) is a `sampling` loop.
 
     A bound is the constant that an integer is compared with; the first value of that integer is a constant, or where
-    the loop before it ended. A loop without such a bound counts once, `known` being false.
+    the loop before it ended. A loop without such a bound is not `known`: it counts once, or `program.unbounded` times.
     """
     found: dict[str, Loop] = {}
     ends: dict[str, int] = {}
@@ -110,9 +112,9 @@ def loops(program: Program) -> list[Loop]:
     return list(found.values())
 
 
-def with_trips(hlo_text: str, share: float = 1.0) -> str:
+def with_trips(hlo_text: str, share: float = 1.0, unbounded: int = 1) -> str:
     """The text with `known_trip_count` on every loop, for readers that look for it (`hlo.collectives`)."""
-    trips = {loop.name: loop.ran(share) for loop in loops(parse(hlo_text))}
+    trips = {loop.name: loop.ran(share) for loop in loops(parse(hlo_text, unbounded))}
     lines = []
     for line in hlo_text.splitlines():
         found = _LINE.match(line)
@@ -133,14 +135,15 @@ def _loop(program: Program, where: Computation, loop: Instruction, ends: dict[st
     if given := _TRIPS.search(loop.rest):
         return Loop(loop.name, body, condition, int(given[1]), True, sampling)
     if bound is None:
-        return Loop(loop.name, body, condition, 1, False, False)
+        refills = program.unbounded > 1 and where is program.computations[program.entry]
+        return Loop(loop.name, body, condition, program.unbounded if refills else 1, False, refills)
     ends[loop.name] = bound.end
-    start = _start(where, loop.operands[0], bound.index, ends)
+    start = _start(where, loop.operands[0], bound.element, ends)
     return Loop(loop.name, body, condition, max(bound.end - start, 0), True, sampling)
 
 
 class _Bound(NamedTuple):
-    index: int  # which element of what the loop carries is compared
+    element: int  # which one of what the loop carries is compared
     end: int
     more: bool  # the condition asks for something else too
 

@@ -19,6 +19,8 @@ from jaxrl_llm.engine import learner
 from jaxrl_llm.guard import guard
 from jaxrl_llm.models import hf
 from jaxrl_llm.models.heads import critic as critic_of
+from jaxrl_llm.models.lora import lora
+from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.tasks.isolated import Isolated
@@ -95,6 +97,16 @@ class TrainConfig:
     """Gradient norm (before clipping) above which an update is too large; none: no bound."""
     verifier_timeout: float | None = None
     """Run a verifier on the host in a process of its own, and leave out responses it takes longer for, in seconds."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank on the policy's linear layers, instead of all weights (needs qwix)."""
+    lora_alpha: float | None = None
+    """The adapters' weight is this over their rank; none: twice the rank."""
+    lora_targets: list[str] = dataclasses.field(default_factory=list)
+    """Linear layers that get adapters, as --lora-targets q_proj v_proj; none named: all."""
+    quantize: Literal["int8", "int4", "nf4"] | None = None
+    """How the weights under adapters are held; none: as they are."""
+    quantize_block: int | None = None
+    """Inputs of a column of weights that share a scale; none: 64 with 4 bits, all with 8."""
     mesh: str | None = None
     """Devices along each axis, as data=2,fsdp=4,tensor=1, one of them -1 for the rest; none: one device."""
     distributed: bool = False
@@ -149,7 +161,7 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
     data = folder.digest(config.data)
     if resumed and data != (before := folder.written(config.run)["data"]):
         raise ValueError(f"--data {config.data} has changed since the run began: sha256 {before} then, {data} now")
-    return Job(
+    job = Job(
         config=config,
         algorithm=algorithm,
         task=task,
@@ -160,6 +172,8 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
         resumed=resumed,
         mesh=mesh,
     )
+    model_of(job)  # says what adapters do not fit
+    return job
 
 
 def resumable(run: Path, steps: int | None = None) -> TrainConfig:
@@ -183,9 +197,32 @@ def resumable(run: Path, steps: int | None = None) -> TrainConfig:
     return config
 
 
+def model_of(job: Job) -> Model:
+    """The policy's network, with adapters if the configuration asks for them.
+
+    Raises:
+      ValueError: adapters that do not fit it.
+      ImportError: qwix is missing.
+    """
+    c, model = job.config, transformer(job.model)
+    if c.lora_rank is None:
+        return model
+    kept: dict[str, Any] = {"quantize": c.quantize, "block_size": c.quantize_block}
+    try:
+        return lora(model, rank=c.lora_rank, alpha=alpha_of(c), targets=c.lora_targets or None, **kept)
+    except ValueError as error:
+        options = "--lora-rank, --lora-alpha, --lora-targets, --quantize and --quantize-block"
+        raise ValueError(f"{options} do not fit the policy: {error}") from error
+
+
+def alpha_of(config: TrainConfig) -> float:
+    """That of the adapters."""
+    return 2.0 * (config.lora_rank or 0) if config.lora_alpha is None else config.lora_alpha
+
+
 def learner_of(job: Job) -> Learner:
     """The job's training step; with it, its checkpoint can be read."""
-    config, model = job.config, transformer(job.model)
+    config, model = job.config, model_of(job)
     plain = learner(
         job.algorithm,
         policy=language_model(model),
@@ -248,6 +285,9 @@ def _check(config: TrainConfig, resumed: bool) -> None:
     for name in ("bad_norm", "verifier_timeout"):
         if not 0 < c.get(name, 1) < math.inf:
             raise ValueError(f"{_option(name)} must be a positive number, got {c[name]}")
+    given = [name for name in ("lora_alpha", "lora_targets", "quantize", "quantize_block") if c.get(name, []) != []]
+    if given and config.lora_rank is None:
+        raise ValueError(f"{_option(given[0])} is of adapters: say their rank, --lora-rank N")
     if config.bad_updates == "apply" and config.bad_norm is not None:
         raise ValueError("--bad-norm says which updates are bad: --bad-updates skip, stop or back")
     if config.bad_updates == "back" and not config.checkpoint_every:

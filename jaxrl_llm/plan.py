@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import os
 import time
@@ -31,7 +32,7 @@ from jaxrl_llm.engine import learner
 from jaxrl_llm.footprint import Exchange, Memory, Phase, exchanges, phases, refused, state_memory, used
 from jaxrl_llm.hlo_cost import carried, costs
 from jaxrl_llm.hlo_program import loops, parse, with_trips
-from jaxrl_llm.models import hf, sizes
+from jaxrl_llm.models import families, hf, sizes
 from jaxrl_llm.models.heads import critic as critic_of
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import Policy, language_model
@@ -74,6 +75,10 @@ class PlanConfig:
     """What a gradient keeps: full (only each layer's input), none (all), or a name in jax.checkpoint_policies."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation and the cache; parameters and the optimiser are float32."""
+    attention: Literal["xla", "splash"] = "xla"
+    """Of whole sequences: splash is a TPU's kernel that never holds an array of queries by keys."""
+    scan_decode: bool = True
+    """Sampling loops over layers inside the program; otherwise every layer is compiled, for each size of the cache."""
     layers: int | None = None
     """Compile only this many of the model's layers (faster; the figures are those of the smaller model)."""
     hlo: Path | None = None
@@ -152,14 +157,24 @@ def model_of(config: PlanConfig) -> TransformerConfig:
     path, dtype = Path(config.model), jnp.dtype(config.dtype)
     if config.model.lower() in sizes.MODELS:
         found = sizes.config(config.model, dtype=dtype)
-    elif path.exists() or path.suffix == ".json" or len(path.parts) > 1:
-        found = hf.config(path if path.suffix == ".json" else path / hf.CONFIG, dtype=dtype)
+    elif path.suffix == ".json":
+        found = families.read_settings(_settings(path), str(path), dtype=dtype)
+    elif path.exists() or len(path.parts) > 1:
+        found = hf.read_config(path, dtype=dtype)
     else:
         raise ValueError(
             f"--model: {config.model!r} is neither a folder nor a config.json nor one of {', '.join(sizes.MODELS)}"
         )
-    found = dataclasses.replace(found, remat=None if config.remat == "none" else config.remat)
-    return found if config.layers is None else dataclasses.replace(found, num_hidden_layers=config.layers)
+    remat = None if config.remat == "none" else config.remat
+    found = dataclasses.replace(found, remat=remat, scan_decode=config.scan_decode, attention=config.attention)
+    return found if config.layers is None else found.first_layers(config.layers)
+
+
+def _settings(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -286,8 +301,10 @@ def _scope(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _read(empty: Plan, text: str, compiled: Any) -> Plan:
     """With the figures of the compiled program in it."""
     config, where = empty.config, empty.topology
-    program = parse(text)
-    whole = with_trips(text, config.mean_response)
+    # With slots, one loop goes on until the last row ended; rows follow each other in a slot.
+    rows = config.prompts_per_step * empty.group_size
+    unbounded = -(-rows // config.slots) * config.response_length if config.slots and config.slots < rows else 1
+    program, whole = parse(text, unbounded), with_trips(text, config.mean_response, unbounded)
     own = compiled.cost_analysis() or {}
     return dataclasses.replace(
         empty,
@@ -296,7 +313,7 @@ def _read(empty: Plan, text: str, compiled: Any) -> Plan:
         exchanges=exchanges(hlo.each_collective(whole), where),
         model_flops=_model_flops(empty),
         once={name: float(own.get(name, 0.0)) for name in ("flops", "bytes accessed")},
-        unknown_loops=sum(not loop.known for loop in loops(program)),
+        unknown_loops=sum(not loop.known and loop.trips == 1 for loop in loops(program)),
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from jaxrl_llm.footprint import Exchange
 from jaxrl_llm.plan import Plan
-
-GIB = 2**30
 
 
 def text(plan: Plan) -> str:
@@ -43,6 +44,8 @@ def as_json(plan: Plan) -> str:
         "model_flops": plan.model_flops,
         "compiler_counts_once": plan.once,
         "step_seconds": seconds(plan),
+        "peak_flops": None if plan.topology.chip is None else plan.topology.chip.flops,
+        "seconds_to_compile": plan.seconds_to_compile,
         "advice": advice(plan),
     }
     return json.dumps(found, indent=2, allow_nan=False)
@@ -68,33 +71,48 @@ def advice(plan: Plan) -> list[str]:
 
 
 def _too_large(plan: Plan) -> list[str]:
-    c, m, limit = plan.config, plan.memory, plan.memory.limit or math.inf
-    data, fsdp, rows = plan.mesh["data"], plan.mesh["fsdp"], plan.mesh["data"] * plan.mesh["fsdp"]
+    m, limit = plan.memory, plan.memory.limit or math.inf
     state = m.parameters + m.optimizer + m.other
     over = f"{_gib(m.total - limit)} too much of {_gib(limit)}"
-    found = [f"The state takes {_gib(state)} a chip, the rest {_gib(m.total - state)}: {over}."]
+    first = f"The state takes {_gib(state)} a chip, the rest {_gib(m.total - state)}: {over}."
+    return [first, *_less_state(plan, state, limit), *_fewer_rows(plan)]
+
+
+def _less_state(plan: Plan, state: float, limit: float) -> Iterator[str]:
+    data, fsdp, tensor = (plan.mesh[name] for name in ("data", "fsdp", "tensor"))
     if data > 1:
-        saved = state * (1 - 1 / data)
-        found.append(
-            f"--mesh data=1,fsdp={fsdp * data},tensor={plan.mesh['tensor']}: split the state over all chips that share "
-            f"the prompts, {_gib(saved)} less state a chip."
+        saved = _gib(state * (1 - 1 / data))
+        yield (
+            f"--mesh data=1,fsdp={fsdp * data},tensor={tensor}: split the state over all chips that share the prompts, "
+            f"{saved} less state a chip."
+        )
+    held = plan.parameters * np.dtype(plan.model.dtype).itemsize / tensor
+    if held > 0.2 * limit and fsdp % 2 == 0:
+        yield (
+            f"--mesh data={data},fsdp={fsdp // 2},tensor={2 * tensor}: sampling holds weights split by tensor alone, "
+            f"{_gib(held)} a chip now and half of it then."
         )
     if state > 0.6 * limit:
         chips = math.ceil(2 * state * plan.topology.devices / limit)
-        found.append(f"A larger slice: on {chips} chips the state takes half of the memory.")
-    if c.prompts_per_step % (2 * c.accumulate) == 0 and c.prompts_per_step // (2 * c.accumulate) >= rows:
-        found.append(f"--accumulate {2 * c.accumulate}: half the rows in a gradient at a time, the same result.")
+        yield f"A larger slice: on {chips} chips the state takes half of the memory."
+    if plan.memory.parameters > 0.75 * plan.memory.optimizer:  # AdamW holds two numbers for each that is trained
+        yield "--set kl=none, if the recipe has it: parameters are twice those of the policy, a reference is kept."
+
+
+def _fewer_rows(plan: Plan) -> Iterator[str]:
+    c, share = plan.config, plan.mesh["data"] * plan.mesh["fsdp"]
+    more, decoded = 2 * c.accumulate, c.slots or c.prompts_per_step * plan.group_size
+    if c.prompts_per_step % more == 0 and c.prompts_per_step // more >= share:
+        yield f"--accumulate {more}: half the rows in a gradient at a time, the same result."
     if c.remat != "full":
-        found.append("--remat full: a gradient keeps a layer's input only, for one more forward pass.")
+        yield "--remat full: a gradient keeps a layer's input only, for one more forward pass."
+    if c.attention != "splash" and plan.topology.chip is not None:
+        yield "--attention splash: no array of queries by keys, if the model has neither windows nor soft caps."
     if c.logits_bytes > 2**26 * plan.topology.devices:
-        found.append(f"--logits-bytes {c.logits_bytes // 4}: logits in smaller chunks.")
-    if (c.slots or c.prompts_per_step * plan.group_size) > rows:
-        slots = (c.slots or c.prompts_per_step * plan.group_size) // 2
-        found.append(f"--slots {slots}: half the rows decode at a time, in half the cache.")
-    found.append(f"--response-length {c.response_length // 2}, or --group-size {max(plan.group_size // 2, 2)}.")
-    if any(name in c.set or name == "kl" for name in ("kl",)) and c.set.get("kl", 0) is not None:
-        found.append("--set kl=none, if the recipe has it: no reference policy is kept.")
-    return found
+        yield f"--logits-bytes {c.logits_bytes // 4}: logits in smaller chunks."
+    if decoded > share:
+        yield f"--slots {decoded // 2}: half the rows decode at a time, in half the cache."
+    yield f"--response-length {c.response_length // 2}, or --group-size {max(plan.group_size // 2, 2)}."
 
 
 def _slow(plan: Plan) -> list[str]:
@@ -106,7 +124,7 @@ def _slow(plan: Plan) -> list[str]:
     if took["links"] > took["roofline"]:
         top = plan.exchanges[0]
         found.append(
-            f"Links take longer than computing, most of it {top.count} times {top.kind} of {_bytes(top.bytes)}: fewer "
+            f"Links take longer than computing, most of it {top.times} times {top.kind} of {_bytes(top.bytes)}: fewer "
             "chips along tensor, or more prompts a chip."
         )
     if (generation.roofline or 0.0) > 0.5 * took["roofline"]:
@@ -134,8 +152,9 @@ def _headline(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     m = plan.memory
     rows = [("parameters", m.parameters), ("optimiser", m.optimizer), ("other arguments and results", m.other)]
-    rows += [("temporaries", m.temporary), ("  of which sampling's cache", m.cache)] if m.cache else []
-    rows += [] if m.cache else [("temporaries", m.temporary)]
+    rows.append(("temporaries", m.temporary))
+    if m.cache:
+        rows += [("  sampling changes (its cache)", m.cache), ("  sampling reads (weights ...)", m.reads)]
     rows += [("program", m.program), ("in all", m.total)]
     if m.limit is not None:
         rows.append(("the chip has", m.limit))
@@ -170,7 +189,7 @@ def _exchanges(plan: Plan, most: int = 8) -> str:
     lines = [f"{'collectives':<20}{'chips':>7}{'each':>12}{'a step':>9}{'in all':>12}{'links':>11}"]
     lines += [_line(one) for one in plan.exchanges[:most]]
     if rest := plan.exchanges[most:]:
-        size, took = sum(x.bytes * x.count for x in rest), sum(x.seconds or 0.0 for x in rest)
+        size, took = sum(x.bytes * x.times for x in rest), sum(x.seconds or 0.0 for x in rest)
         shown = None if plan.topology.chip is None else took
         lines.append(f"{f'{len(rest)} others':<20}{'':>7}{'':>12}{'':>9}{_bytes(size):>12}{_s(shown):>11}")
     if plan.topology.chip is not None:
@@ -179,12 +198,15 @@ def _exchanges(plan: Plan, most: int = 8) -> str:
 
 
 def _line(x: Exchange) -> str:
-    moved = _bytes(x.bytes * x.count)
-    return f"{x.kind:<20}{x.devices:>7}{_bytes(x.bytes):>12}{x.count:>9}{moved:>12}{_s(x.seconds):>11}"
+    moved = _bytes(x.bytes * x.times)
+    return f"{x.kind:<20}{x.devices:>7}{_bytes(x.bytes):>12}{x.times:>9}{moved:>12}{_s(x.seconds):>11}"
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= 0.1 * scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def _bytes(size: float) -> str:

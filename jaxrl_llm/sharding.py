@@ -248,7 +248,7 @@ def placed(model: Model) -> Model:
     """The model, saying of its activations and caches where they are: split like prompts, heads and vocabulary."""
 
     def cache(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: split(x, ROWS, "tensor") if x.ndim == 4 else split(x, ROWS), tree)
+        return jax.tree.map(lambda x: split(x, ROWS, "tensor") if x.ndim >= 4 else split(x, ROWS), tree)
 
     def logits(params: PyTree, hidden: jax.Array) -> jax.Array:
         out = model.logits(params, hidden)

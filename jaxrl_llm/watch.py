@@ -179,7 +179,7 @@ class Watch:
         step = self.record.step
         try:
             with self._preemption.at_once():
-                found = self._evaluate(state.params["policy"])
+                found = self._evaluate(state.params)
         except _Now:
             self._end(state)
             raise AssertionError from None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_llm.models import splash
 from jaxrl_llm.models.config import RopeScaling
 
 FAR = -1e30  # finite, so that a row with nothing to attend to gives garbage nobody reads instead of NaN
@@ -22,12 +24,14 @@ class Rule(NamedTuple):
     cap: `c`, scores are `c tanh(scores / c)` (Gemma 2, 2408.00118).
     window: a query sees the keys less than this many positions before it.
     local: `[]` bool, whether this layer has that window, where layers differ in one program.
+    splash: on a TPU, whole sequences attend by its kernel (`models/splash.py`); elsewhere it changes nothing.
     """
 
     scale: float | None = None
     cap: float | None = None
     window: int | None = None
     local: Array | None = None
+    splash: bool = False
 
     def limits(self, length: int) -> bool:
         """Whether some query of `length` consecutive positions may not see a key that causality shows it."""
@@ -77,6 +81,10 @@ def causal(q: Array, k: Array, v: Array, mask: Array, rule: Rule = PLAIN) -> Arr
     Returns:
       `[... L H d]`.
     """
+    if rule.splash:
+        plain = functools.partial(causal, rule=rule._replace(splash=False))
+        kernel = functools.partial(splash.causal, scale=rule.scale)
+        return _where_there_is_a_tpu(kernel, plain, q, k, v, mask)
     *batch, length, heads, dim = q.shape
     kv, g = k.shape[-2], heads // k.shape[-2]
     q = jnp.moveaxis(_scaled(q, rule).reshape(*batch, length, kv, g, dim), -4, -2)
@@ -115,6 +123,9 @@ def shared_prefix(
     Returns:
       `[M R Q H d]`.
     """
+    if rule.splash:
+        plain = functools.partial(shared_prefix, rule=rule._replace(splash=False))
+        return _where_there_is_a_tpu(functools.partial(_by_splash, rule), plain, q, prefix, own)
     pk, pv, pmask = prefix
     ok, ov, omask = own
     m, r, n, heads, dim = q.shape
@@ -136,6 +147,18 @@ def shared_prefix(
     out += _product(near, ov.transpose(0, 3, 1, 2, 4)).reshape(*shape, dim)
     out = (out / total[..., None]).astype(pv.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(m, r, n, heads, dim)
+
+
+def _by_splash(rule: Rule, q: Array, prefix: tuple[Array, Array, Array], own: tuple[Array, Array, Array]) -> Array:
+    """The kernel adds causality itself; which keys exist at all is what the last query sees."""
+    exists = jnp.broadcast_to(own[2], (*q.shape[:3], own[0].shape[2]))[..., -1, :]
+    return splash.shared_prefix(q, prefix, (*own[:2], exists), scale=rule.scale)
+
+
+def _where_there_is_a_tpu(kernel: Callable[..., Array], plain: Callable[..., Array], *inputs: Any) -> Array:
+    """Which of the two is decided where the program is compiled to run, not where it is traced."""
+    out: Array = jax.lax.platform_dependent(*inputs, tpu=kernel, default=plain)
+    return out
 
 
 def _product(x: Array, y: Array) -> Array:

@@ -86,6 +86,11 @@ class TransformerConfig:
     moe_intermediate_size: int = 0  # of an expert
     norm_topk_prob: bool = True  # the weights of a token's experts sum to 1
     max_position_embeddings: int = dataclasses.field(default=32_768, compare=False)  # nothing computes with it
+    # Sampling loops over layers inside the program too, instead of writing each of them out: deep models compile in the
+    # time of a shallow one, and a CPU computes more slowly. See models/scanned.py.
+    scan_decode: bool = dataclasses.field(default=False, compare=False)
+    # Of whole sequences: "xla", or on a TPU "splash", a kernel that never holds queries by keys. See models/splash.py.
+    attention: str = dataclasses.field(default="xla", compare=False)
     # The family whose form `hf.save` gives it; None: the first that has these switches.
     model_type: str | None = dataclasses.field(default=None, compare=False)
 
@@ -106,6 +111,11 @@ class TransformerConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
+        if self.attention not in ("xla", "splash"):
+            raise ValueError(f"attention must be 'xla' or 'splash', got {self.attention!r}")
+        if self.attention == "splash" and (self.sliding_window or self.attn_logit_softcapping):
+            has = "sliding windows" if self.sliding_window else "soft caps"
+            raise ValueError(f"attention='splash' computes plain causal attention, and this model has {has}: use 'xla'")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         if self.remat not in (None, "full") and not hasattr(jax.checkpoint_policies, self.remat):

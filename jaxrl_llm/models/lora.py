@@ -44,9 +44,9 @@ def lora(
       model: made of Flax Linen modules (`transformer`).
       rank: of the adapters, less than either side of any target.
       alpha: the adapters' weight is `alpha / rank`.
-      targets: names of linear layers, as `("q_proj", "v_proj")`; None: all of them.
-      quantize: how all linear layers of the base are kept: "int8", "int4" (absmax), "nf4" (2305.14314), or None as they
-        are. A kernel is dequantised, in the computation's dtype, where it is multiplied.
+      targets: names of linear layers, as `("q_proj", "v_proj")`; None: all of them. A router and its experts have none.
+      quantize: how all these linear layers of the base are kept: "int8", "int4" (absmax), "nf4" (2305.14314), or None
+        as they are. A kernel is dequantised, in the computation's dtype, where it is multiplied.
       block_size: inputs of a kernel's column that share a scale; None: 64 with 4 bits, all of them with 8.
 
     Raises:

@@ -220,12 +220,8 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         return [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(c.num_hidden_layers)]
 
     def decoder(params: PyTree) -> PyTree:
-        def cast_to(x: Array) -> Array:  # not the codes of a quantised kernel
-            return x.astype(c.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-        cast = {**params, "layers": jax.tree.map(cast_to, params["layers"])}
-        layers = [jax.tree.map(lambda x, i=i: x[i], cast["layers"]) for i in range(c.num_hidden_layers)]
-        return {**cast, "layers": layers}
+        cast = _cast(params["layers"], c.dtype)
+        return {**params, "layers": [jax.tree.map(lambda x, i=i: x[i], cast) for i in range(c.num_hidden_layers)]}
 
     def empty(m: int, r: int, t: int) -> Cache:
         heads, dim = c.num_key_value_heads, c.head_dim
@@ -260,7 +256,7 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         x = whole.apply(outer, x, method="final")
         return x, new
 
-    return Model(
+    model = Model(
         vocab=c.vocab_size,
         width=c.hidden_size,
         init=init,
@@ -275,6 +271,16 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         dtype=c.dtype,
         wrapped=functools.partial(transformer, config) if wrap is None else None,
     )
+    if not c.scan_decode:
+        return model
+    from jaxrl_llm.models.scanned import scanned  # it is made of this file's parts
+
+    return scanned(c, model, wrapped)
+
+
+def _cast(params: PyTree, dtype: Any) -> PyTree:
+    """Weights in `dtype`; the codes of quantised ones stay what they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
 
 
 def _rows(x: Array, kernel: Array, contract: Any, **options: Any) -> Array:
@@ -296,7 +302,7 @@ def _of_layer(c: TransformerConfig, angles: Any, local: bool | Array | None) -> 
     """What this layer turns by, and what it sees."""
     local = c.sliding[0] if local is None else local
     scale = (c.head_dim if c.query_pre_attn_scalar is None else c.query_pre_attn_scalar) ** -0.5
-    rule = Rule(scale=scale, cap=c.attn_logit_softcapping, window=c.sliding_window)
+    rule = Rule(scale=scale, cap=c.attn_logit_softcapping, window=c.sliding_window, splash=c.attention == "splash")
     full, near = (angles, angles) if c.rope_local_base_freq is None else angles
     if not isinstance(local, bool):
         turned = full if near is full else jax.tree.map(functools.partial(jnp.where, local), near, full)
@@ -383,6 +389,13 @@ def _attend_cache(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[
         cv = jnp.where(here[..., None], new_v[..., None, :], cv)
     else:
         ck, cv = write(ck, new_k, column, -1), write(cv, new_v, column, -2)
+    return _attend_written(q, (pk, pv, pmask), (ck, cv), (offset, t, column), rule), (ck, cv)
+
+
+def _attend_written(q: Array, prefix: Any, cache: tuple[Array, Array], at: Any, rule: Rule) -> Array:
+    """Attention of a token that stands in the cache already."""
+    (pk, pv, pmask), (ck, cv), (offset, t, column) = prefix, cache, at
+    place = jnp.arange(ck.shape[-1])
     age = column[..., None] - place
     age = jnp.where(age < 0, age + place.size, age)  # a remainder, without a division per element
     own = age <= t[..., None]
@@ -390,4 +403,4 @@ def _attend_cache(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[
         position = jnp.broadcast_to(offset[:, None] + t, q.shape[:2])
         pmask = pmask[:, None] & rule.near(position[..., None] - jnp.arange(pk.shape[-1]))
         own &= rule.near(age)
-    return one_token(q, (pk, pv, pmask), (ck, cv, own), rule), (ck, cv)
+    return one_token(q, (pk, pv, pmask), (ck, cv, own), rule)

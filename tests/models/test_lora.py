@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 pytest.importorskip("qwix", reason="needs the extra lora")
 
-from jaxrl_llm import algorithms, checkpoint
+from jaxrl_llm import algorithms, checkpoint, sharding
 from jaxrl_llm.engine import learner
 from jaxrl_llm.models.heads import critic
 from jaxrl_llm.models.lora import lora
@@ -175,6 +175,30 @@ def rollouts_of(samples, context):
     )
 
 
+def test_decoding_as_a_scan_over_layers_uses_them_too(base, trained):
+    made = [
+        lora(transformer(dataclasses.replace(CONFIG, scan_decode=scan)), rank=RANK, quantize="nf4", block_size=8)
+        for scan in (False, True)
+    ]
+    kept = made[0].adapter.base(base[1])
+
+    def two_tokens(model, adapters):
+        prefix, offset, inputs, _ = TEXT
+        params = model.adapter.join(kept, adapters)
+        cache, decoder, found = model.empty(2, 3, 2), model.decoder(params), []
+        for t in range(2):
+            now = jnp.int32(t)
+            filled = model.prefill(params, prefix)
+            hidden, cache = model.decode(decoder, filled, prefix.mask, cache, offset, inputs[..., t], now)
+            found.append(hidden)
+        return jnp.stack(found, 2)
+
+    plain, scanned = (jax.jit(functools.partial(two_tokens, model))(trained) for model in made)
+    np.testing.assert_allclose(scanned, plain, rtol=1e-4, atol=1e-4)
+    hidden = jax.jit(made[0].hidden)(made[0].adapter.join(kept, trained), *TEXT)[:, :, :2]
+    np.testing.assert_allclose(plain, hidden, rtol=1e-4, atol=1e-4)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +290,32 @@ def test_lagged_roles_and_critics_are_adapters_too(letters, tmp_path):
     read = checkpoint.load(tmp_path / "state", state)
     read = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, read)
     same(arrays(read), arrays(data))
+
+
+def test_the_same_on_a_mesh(letters):
+    """Codes, scales and factors are split where the table says; the step is the same."""
+    plain = small(letters)
+    model = lora(plain, rank=RANK, alpha=ALPHA, quantize="nf4", block_size=8)
+    params = plain.init(jax.random.key(1))
+    states = []
+    for mesh in (None, sharding.mesh(data=2, fsdp=2, tensor=2)):
+        parts = learner(
+            algorithms.load("reinforce", group_size=4),
+            policy=language_model(model),
+            task=letters,
+            params=params,
+            optimizer=optax.sgd(1.0),
+            prompts_per_step=4,
+            mesh=mesh,
+        )
+        state, metrics = jax.jit(parts.step)(parts.init(jax.random.key(0)))
+        assert float(metrics["grad_norm"]) > 0
+        states.append(state)
+    kernel = states[1].params["base"]["layers"]["gate_proj"]["kernel"].array
+    assert tuple(kernel.qvalue.sharding.spec) == (None, "fsdp", "tensor"), kernel.qvalue.sharding
+    same(arrays(states[0].params["base"]), arrays(states[1].params["base"]))
+    for one, other in zip(*(jax.tree.leaves(arrays(s.params["policy"])) for s in states), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
 # --- quantisation -----------------------------------------------------------------------------------------------------
