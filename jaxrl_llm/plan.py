@@ -115,6 +115,7 @@ def plan(config: PlanConfig) -> Plan:
     """Compiles the step and reads it.
 
     For `cpu:N` this process must have N devices: `jax.config.update("jax_num_cpu_devices", N)` before JAX is used.
+    Where libtpu is installed, start with `JAX_PLATFORMS=cpu`, or JAX looks for a TPU. The command line does both.
 
     Raises:
       ValueError: a name, size or mesh that is none, or sizes that do not divide.

@@ -133,22 +133,31 @@ def test_topologies():
             topology(wrong)
 
 
-def test_what_is_wrong_is_said(folder, capsys):
-    def said(arguments):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(["plan", *arguments.split()])
-        assert stopped.value.code == 2
-        return capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "nobody"}, "'nobody' is neither .* qwen2.5-7b"),
+        ({"model": "no/such/folder"}, "config.json: no such file"),
+        ({"mesh": "data=3"}, "needs 3 devices, got 8"),
+        ({"accumulate": 3}, "--accumulate 3 must divide"),
+        ({"group_size": 0}, "--group-size must be at least 1"),
+        ({"mean_response": 2.0}, "--mean-response"),
+        ({"set": {"clip_hgih": 1}}, "no 'clip_hgih'"),
+        ({"topology": "cpu:16"}, "has 8 CPU devices"),
+    ],
+)
+def test_what_is_wrong_is_said(folder, changes, words):
+    given = {"model": str(folder), "topology": "cpu:8", "prompts_per_step": 8}
+    with pytest.raises((ValueError, OSError), match=words):
+        plan(PlanConfig(**(given | changes)))
 
-    assert "nobody's" in said("--model nobody's") and "qwen2.5-7b" in said("--model nobody's")
-    model = f"--model {folder} --topology cpu:8"
-    assert "config.json: no such file" in said("--model no/such/folder --topology cpu:8")
-    assert "needs 3 devices" in said(f"{model} --mesh data=3")
-    assert "--accumulate 3" in said(f"{model} --accumulate 3")
-    assert "--group-size" in said(f"{model} --group-size 0")
-    assert "--mean-response" in said(f"{model} --mean-response 2")
-    assert "'clip_hgih'" in said(f"{model} --set clip_hgih=1")
-    assert "has 8 CPU devices" in said(f"--model {folder} --topology cpu:16")
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "--model", str(tmp_path / "other.json"), "--topology", "cpu:8"])
+    assert stopped.value.code == 2
+    assert "other.json: not valid JSON" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is there")
