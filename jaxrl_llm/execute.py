@@ -48,7 +48,9 @@ def execute(job: Job) -> dict[str, Any]:
         if first:
             stack.enter_context(folder.claimed(config.run))
         preemption = stack.enter_context(Preemption().listening())
-        display = stack.enter_context(Display(config.steps, title=f"{config.algorithm} on {job.task.name}"))
+        display = stack.enter_context(
+            Display(config.steps, title=f"{config.algorithm} on {job.task.name}", quiet=not first)
+        )
         display.say(_headline(job))
         beside = _begin(job, display)
         kept = {"keep": config.keep_checkpoints, "best": config.keep_best}

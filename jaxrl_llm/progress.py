@@ -16,10 +16,10 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class Display:
-    """A context manager; outside a terminal it prints about twenty lines a run."""
+    """A context manager; outside a terminal it prints about twenty lines a run, and nothing if `quiet`."""
 
-    def __init__(self, steps: int, *, title: str) -> None:
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, steps: int, *, title: str, quiet: bool = False) -> None:
+        self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
         self._steps = steps
         self._live = self._console.is_terminal
         self._progress = _Bar(console=self._console, disable=not self._live)
