@@ -76,7 +76,7 @@ class Outcome:
     rate: float
     values: dict[str, np.ndarray]
     curves: dict[str, np.ndarray]
-    seconds: float = 0.0
+    seconds: float = 0.0  # of CPU time
 
     def late(self, metric: str, share: float = 0.1) -> np.ndarray:
         """`[seeds]`: the mean of the last part of a training curve."""
@@ -109,7 +109,7 @@ class Comparison:
     text: str
     arm: str = ""
     base: str = ""
-    value: str | Callable[[Outcome], np.ndarray] = "accuracy"
+    value: str | Callable[[Outcome], np.ndarray] = "avg@16"
     effect: Callable[[Mapping[str, Outcome]], np.ndarray] | None = None
     margin: float = 0.0
     sign: int = 1
@@ -138,8 +138,8 @@ class Study:
     steps: int = 300
     watch: int = 0
     prompts: int = 16
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    choose: str = "accuracy"
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    choose: str = "avg@16"
     columns: tuple[str, ...] = ("accuracy", "pass@8", "entropy")
     picture: str = "reward/mean"
     extra: Callable[[str, Outcome], Mapping[str, np.ndarray]] | None = None
@@ -163,14 +163,14 @@ def main(doc: str, file: str, study: Study, arguments: list[str] | None = None) 
             rates=study.rates[:1],
             arms={key: dataclasses.replace(arm, steps=arm.steps and 2) for key, arm in study.arms.items()},
         )
-    start = time.perf_counter()
+    start = time.process_time()
     found = compare(study, seeds=2 if args.smoke else args.seeds)
     result = {
         "experiment": name,
         **{key: field(doc, key) for key in ("Claim", "Reported")},
         "methods": list(study.methods),
         "seeds": 2 if args.smoke else args.seeds,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "cpu_minutes": round((time.process_time() - start) / 60, 1),
         **summary(study, found),
     }
     page = table(study, result)
@@ -192,12 +192,12 @@ def compare(study: Study, *, seeds: int) -> dict[str, Outcome]:
     start = warm_start(policy, task, study.warm, seeds)
     found = {}
     for name, arm in study.arms.items():
-        begun = time.perf_counter()
+        begun = time.process_time()
         found[name] = of_arm(study, arm, policy, critic, task, start, seeds)
         if study.extra is not None:
             more = {key: np.asarray(x) for key, x in study.extra(name, found[name]).items()}
             found[name] = dataclasses.replace(found[name], values={**found[name].values, **more})
-        found[name] = dataclasses.replace(found[name], seconds=time.perf_counter() - begun)
+        found[name] = dataclasses.replace(found[name], seconds=time.process_time() - begun)
         shown = [f"{name:24s} rate {found[name].rate:g}"]
         shown += [f"{c} {spread(column(found[name], c))}" for c in study.columns]
         print(*shown, f"{found[name].seconds:.0f} s", sep="  ", file=sys.stderr, flush=True)
@@ -383,7 +383,7 @@ def table(study: Study, result: Mapping[str, Any]) -> str:
             "",
             f"Reported: {result['Reported']}",
             "",
-            f"Mean ± standard deviation over {result['seeds']} seeds, {result['minutes']} minutes, "
+            f"Mean ± standard deviation over {result['seeds']} seeds, {result['cpu_minutes']} CPU-minutes, "
             f"`python experiments/{result['experiment']}.py`.",
             "",
             *grid(header, rows),

@@ -19,7 +19,7 @@ STUDIES = sorted(p.stem for p in FOLDER.glob("*.py") if "STUDY =" in p.read_text
 
 
 def outcome(values, curve=((0.0, 1.0),), rate=1e-3):
-    return Outcome(rate=rate, values={"accuracy": np.array(values)}, curves={"reward/mean": np.array(curve)})
+    return Outcome(rate=rate, values={"avg@16": np.array(values)}, curves={"reward/mean": np.array(curve)})
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -69,10 +69,10 @@ def test_a_study_is_as_good_as_its_worst_main_comparison():
         Comparison(text="up", arm="new", base="old"),
         Comparison(text="down", arm="new", base="old", sign=-1, main=False),
     )
-    study = Study(arms={}, comparisons=both, methods=(), columns=("accuracy",))
+    study = Study(arms={}, comparisons=both, methods=(), columns=("avg@16",))
     assert harness.summary(study, found)["verdict"] == "reproduced"
     study = Study(arms={}, comparisons=(both[0], Comparison(text="", arm="new", base="old", sign=-1)), methods=())
-    assert harness.summary(harness.dataclasses.replace(study, columns=("accuracy",)), found)["verdict"] == "opposite"
+    assert harness.summary(harness.dataclasses.replace(study, columns=("avg@16",)), found)["verdict"] == "opposite"
 
 
 def test_steps_to_a_target():
