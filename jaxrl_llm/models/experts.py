@@ -45,3 +45,16 @@ class Experts(nn.Module):
     def _kernels(self, name: str, inner: int, outer: int) -> Array:
         start = nn.initializers.lecun_normal(batch_axis=(0,))
         return jnp.asarray(self.param(name, start, (self.num_experts, inner, outer), jnp.float32), self.dtype)
+
+
+def routed(logits: Array, k: int, *, norm: bool) -> tuple[Array, Array]:
+    """Weights float32 and indices of the `k` experts a token goes to, each `[... k]`.
+
+    Args:
+      logits: the router's, `[... E]`.
+      k: experts a token.
+      norm: whether the weights sum to 1, else they are the router's probabilities.
+    """
+    share = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(share, k)
+    return weights / weights.sum(-1, keepdims=True) if norm else weights, chosen

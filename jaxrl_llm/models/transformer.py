@@ -17,7 +17,7 @@ from jax import Array
 
 from jaxrl_llm.models.attention import Rule, causal, one_token, rotary, rotate, shared_prefix, write
 from jaxrl_llm.models.config import RopeScaling, TransformerConfig
-from jaxrl_llm.models.experts import Experts
+from jaxrl_llm.models.experts import Experts, routed
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.models.packing import Packing
 from jaxrl_llm.sharding import ROWS, split
@@ -82,7 +82,8 @@ class Block(nn.Module):
 
         h, act = norm(name="mlp_norm")(x), ACTIVATIONS[c.hidden_act]
         if c.num_experts:
-            weights, chosen = _routed(c, dense(c.num_experts, name="router")(h))
+            router = dense(c.num_experts, name="router")(h)
+            weights, chosen = routed(router, c.num_experts_per_tok, norm=c.norm_topk_prob)
             out = Experts(c.num_experts, c.moe_intermediate_size, act, c.dtype, name="experts")(h, weights, chosen)
         else:
             gate = dense(c.intermediate_size, name="gate_proj")(h)
@@ -308,13 +309,6 @@ def _of_layer(c: TransformerConfig, angles: Any, local: bool | Array | None) -> 
         turned = full if near is full else jax.tree.map(functools.partial(jnp.where, local), near, full)
         return turned, rule._replace(local=local)
     return (near, rule) if local else (full, rule._replace(window=None))
-
-
-def _routed(c: TransformerConfig, logits: Array) -> tuple[Array, Array]:
-    """Weights float32 and indices of the experts a token goes to, each `[... num_experts_per_tok]`."""
-    share = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, chosen = jax.lax.top_k(share, c.num_experts_per_tok)
-    return weights / weights.sum(-1, keepdims=True) if c.norm_topk_prob else weights, chosen
 
 
 def _attend_self(q: Array, k: Array, v: Array, seen: Array, rule: Rule) -> tuple[Array, None]:
