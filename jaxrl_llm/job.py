@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_llm import algorithms, checkpoint, distributed, folder, sharding, tasks
@@ -107,6 +108,15 @@ class TrainConfig:
     """How the weights under adapters are held; none: as they are."""
     quantize_block: int | None = None
     """Inputs of a column of weights that share a scale; none: 64 with 4 bits, all with 8."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation and of the sampler's cache; weights and optimiser stay float32."""
+    remat: str = TransformerConfig.remat or "none"
+    """What a gradient keeps instead of computing it again: none (all is kept), full (nothing), or a name in
+    jax.checkpoint_policies."""
+    slots: int | None = None
+    """Rows that decode at once, refilled as they finish: for responses of very different lengths; none: all."""
+    pack: int = 1
+    """Score and learn from packed responses in so many sizes, as language_model(sizes=): less padding is computed."""
     mesh: str | None = None
     """Devices along each axis, as data=2,fsdp=4,tensor=1, one of them -1 for the rest; none: one device."""
     distributed: bool = False
@@ -158,6 +168,8 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
         if model.vocab_size < len(tokenizer):
             known = f"the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}"
             raise ValueError(f"{config.policy}: {known}")
+    kept = None if config.remat == "none" else config.remat
+    model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype), remat=kept)
     data = folder.digest(config.data)
     if resumed and data != (before := folder.written(config.run)["data"]):
         raise ValueError(f"--data {config.data} has changed since the run began: sha256 {before} then, {data} now")
@@ -225,7 +237,7 @@ def learner_of(job: Job) -> Learner:
     config, model = job.config, model_of(job)
     plain = learner(
         job.algorithm,
-        policy=language_model(model),
+        policy=language_model(model, slots=config.slots, sizes=config.pack),
         task=job.task,
         params=job.params,
         critic=critic_of(model),
@@ -257,6 +269,8 @@ def _check(config: TrainConfig, resumed: bool) -> None:
         "steps",
         "prompts_per_step",
         "response_length",
+        "slots",
+        "pack",
         "accumulate",
         "scan",
         "eval_problems",
