@@ -38,7 +38,7 @@ class Row:
         return (
             f"--model {self.model} --topology {self.topology} --mesh {self.mesh} --prompts-per-step {self.prompts} "
             f"--group-size 8 --prompt-length 512 --response-length {length} --accumulate {self.accumulate} "
-            "--remat full --set kl=none"
+            "--remat full --attention splash --set kl=none"
         )
 
 
@@ -109,7 +109,8 @@ HEAD = """# What fits where
 
 The whole GRPO step (sampling, scores, gradient, AdamW in float32; computation and cache in bfloat16) compiled ahead of
 time for TPU slices, by `python scripts/plan_table.py` on a machine without a TPU. Prompts have 512 tokens and groups 8
-rollouts; a gradient keeps each layer's input. `jaxrl-llm plan` gives the same for any model, recipe, mesh and slice.
+rollouts; a gradient keeps each layer's input, and attention is the splash kernel. `jaxrl-llm plan` gives the same for
+any model, recipe, mesh and slice.
 
 """
 NOTES = """

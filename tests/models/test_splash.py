@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm import hlo, sharding
 from jaxrl_llm.models import attention, splash
 from jaxrl_llm.models.config import TransformerConfig
 
@@ -80,3 +83,16 @@ def test_without_a_tpu_the_switch_changes_nothing():
     plain = attention.causal(*inputs)
     other = jax.jit(lambda *x: attention.causal(*x, attention.Rule(splash=True)))(*inputs)
     np.testing.assert_allclose(other, plain, atol=1e-6)
+
+
+def test_every_device_attends_to_the_rows_and_heads_it_has():
+    mask = jnp.arange(S) < jnp.array([5, 3, 1, 4])[:, None]
+    inputs = normal(0, 4, S, H, D), normal(1, 4, S, K, D), normal(2, 4, S, K, D), mask
+    mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
+    of = sharding.on_mesh(mesh, functools.partial(splash.causal, interpret=True))
+    program = jax.jit(of).lower(*sharding.place(mesh, inputs)).compile()
+    found = program(*sharding.place(mesh, inputs))
+    seen = mask[..., None, None]
+    np.testing.assert_allclose(np.where(seen, found - attention.causal(*inputs), 0), 0, atol=2e-5)
+    assert found.sharding.spec[0] == ("data", "fsdp")
+    assert "all-gather" not in {one.kind for one in hlo.each_collective(program.as_text()) if one.bytes > 64}
