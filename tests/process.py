@@ -19,6 +19,7 @@ from jaxrl_llm import algorithms, checkpoint, distributed, sharding, tasks
 from jaxrl_llm.engine import learner
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.policy import language_model
+from jaxrl_llm.run import run
 from jaxrl_llm.updates.optimizer import adamw
 
 sys.path.insert(0, str(Path(__file__).parent / "laws"))
@@ -77,15 +78,11 @@ def steps(mesh, verify, count=2):
     """Losses of a few steps on rows of a file, and who read and verified what."""
     task, asked, read = host_task()
     parts = parts_of(task, mesh, verify=verify)
-    state = parts.init(jax.random.key(0))
-    step = jax.jit(parts.step, donate_argnums=0) if parts.compiled else parts.step
     prompts = distributed.batches(mesh, task, 0, PROMPTS)
-    losses = []
-    for _ in range(count):
-        state, metrics = step(state, next(prompts))
-        losses.append([float(metrics[name]) for name in ("loss", "reward/mean", "grad_norm")])
+    state, metrics = run(parts, None, count, state=parts.init(jax.random.key(0)), prompts=prompts)
+    losses = np.stack([metrics[name] for name in ("loss", "reward/mean", "grad_norm")], axis=1).tolist()
     say(what=verify, losses=losses, asked=asked, read=read)
-    return parts, state, step, prompts
+    return parts, state, prompts
 
 
 def main() -> None:
@@ -95,7 +92,7 @@ def main() -> None:
     mesh = mesh_of(len(jax.devices()))
     distributed.meet(mesh)
     say(what="met", devices=len(jax.devices()), local=len(jax.local_devices()))
-    parts, state, step, prompts = steps(mesh, "inside")
+    parts, state, prompts = steps(mesh, "inside")
     if "save" in what:
         checkpoint.save(folder / "state", state)
         whole = distributed.on_host(state.params)
@@ -115,9 +112,7 @@ def main() -> None:
     if "kill" in what:
         if jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        while True:
-            state, metrics = step(state, next(prompts))
-            float(metrics["loss"])
+        run(parts, None, 10**6, state=state, prompts=prompts)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,13 @@ def test_a_token_costs_no_weights(exchanged):
     assert all(x.bytes <= 128 * 4 for x in inside if x.kind == "all-gather")
 
 
+def test_the_cache_is_split_by_rows_and_heads(together, task):
+    """Keys of 24 rows, 2 heads of size 8 and the longest response: a device has 6 rows of them and 1 head."""
+    text, rest = together[4].as_text(), f"8,{task.response_length}]"
+    assert f"f32[6,1,{rest}" in text
+    assert not any(f"f32[{rows},{heads},{rest}" in text for rows, heads in ((24, 2), (24, 1), (12, 2), (12, 1), (6, 2)))
+
+
 def test_rows_that_do_not_divide(task, mesh):
     """Six prompts on four devices for rows, five slots, an odd vocabulary: less is split, nothing is wrong."""
 
