@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxrl_llm.types import TrainState
@@ -182,9 +183,12 @@ class Checkpoints:
         """Deletes the checkpoints of later steps, the newest first."""
         self.wait()
         self._close()
-        for step in reversed(self.steps()):
-            if step > after:
-                shutil.rmtree(self.folder / str(step))
+        if jax.process_index() == 0:
+            for step in reversed(self.steps()):
+                if step > after:
+                    shutil.rmtree(self.folder / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"forgot the checkpoints after {after}")
 
     def _open(self) -> Any:
         if self._series is None:

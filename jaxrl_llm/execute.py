@@ -55,31 +55,40 @@ def execute(job: Job) -> dict[str, Any]:
         beside = _begin(job, display)
         kept = {"keep": config.keep_checkpoints, "best": config.keep_best}
         checkpoints = stack.enter_context(checkpoint.Checkpoints(config.run / "checkpoints", say=display.say, **kept))
-        parts, policy = learner_of(job), language_model(model_of(job))
-        evaluate = evaluator(
-            policy,
-            job.task,
-            problems=config.eval_problems,
-            response_length=config.response_length,
-            sampling=sampling_of(config),
-            mesh=job.mesh,
-        )
+        parts = learner_of(job)
         state, record = _start(job, parts, checkpoints, display)
         lines = stack.enter_context(folder.Lines(config.run / "metrics.jsonl" if first else None, keep=record.step))
-        watch = Watch(
-            Plan(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Plan)}),
+        watch = _watch(
+            job,
             record=record,
             beside=beside,
             lines=lines,
-            log=functools.partial(_log, job),
             display=display,
             checkpoints=checkpoints,
             preemption=preemption,
-            evaluate=lambda params: evaluate(policy.whole(params)),
-            counts=getattr(job.task.grade, "counts", None),
         )
         state = _train(job, parts, state, watch)
         return _finish(job, state, watch.record, display)
+
+
+def _watch(job: Job, **parts: Any) -> Watch:
+    """What happens between two programs of this job."""
+    config, task, policy = job.config, job.task, language_model(model_of(job))
+    evaluate = evaluator(
+        policy,
+        task,
+        problems=config.eval_problems,
+        response_length=config.response_length,
+        sampling=sampling_of(config),
+        mesh=job.mesh,
+    )
+    return Watch(
+        Plan(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Plan)}),
+        log=functools.partial(_log, job),
+        evaluate=lambda params: evaluate(policy.whole(params)),
+        counts=getattr(task.grade, "counts", None),
+        **parts,
+    )
 
 
 def _begin(job: Job, display: Display) -> dict[str, Any]:
@@ -129,6 +138,7 @@ def _train(job: Job, parts: Learner, state: TrainState, watch: Watch) -> TrainSt
             state, _ = run(parts, None, left, state=state, prompts=prompts, scan=config.scan, each=watch)
         except GoBack:
             state = watch.back(like)
+    watch.save(state, wait=True, must=True)
     if config.steps not in watch.record.evaluations:
         watch.evaluate(state)
     return state

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxrl_llm import folder
 from jaxrl_llm.checkpoint import Checkpoints, SaveError
@@ -77,8 +78,6 @@ class Preemption:
     def asked(self, step: int) -> bool:
         """Whether to end after this step."""
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
 
@@ -185,12 +184,14 @@ class Watch:
             raise AssertionError from None
         self.record.evaluations[step] = found
         self._display.evaluated(step, found)
+        if self._counts is not None and math.isnan(found.accuracy):
+            self._display.say(f"the verifier scored not a single held-out answer: {self._counts}")
         self._log("evaluated", step=step, accuracy=finite(found.accuracy), reward=finite(found.reward))
         self._clock = time.perf_counter()
         return found
 
-    def save(self, state: TrainState, wait: bool = False) -> None:
-        """A checkpoint of this step."""
+    def save(self, state: TrainState, wait: bool = False, must: bool = False) -> None:
+        """A checkpoint of this step; `wait` until it is there, and raise SaveError whatever the plan if it `must`."""
         step = self.record.step
         score = self.record.evaluations[step].accuracy if step in self.record.evaluations else math.nan
         if not self._plan.eval_every and self._rewards:
@@ -202,7 +203,7 @@ class Watch:
             if wait:
                 self._checkpoints.wait()
 
-        if self._try(write):
+        if self._try(write, must):
             self._log("checkpoint", step=step, score=finite(score))
             self._rewards = []
         self._last_save = step
@@ -214,7 +215,7 @@ class Watch:
         self._log("preempted", step=self.record.step, checkpoint=last)
         raise Preempted(last)
 
-    def _try(self, write: Callable[[], Any]) -> bool:
+    def _try(self, write: Callable[[], Any], must: bool = False) -> bool:
         """Whether it could be written. What went wrong is said once for every kind, and in the log each time."""
         try:
             write()
@@ -222,7 +223,7 @@ class Watch:
             return True
         except OSError as error:
             self._log("not saved", step=self.record.step, error=str(error))
-            if self._plan.save_errors == "stop":
+            if must or self._plan.save_errors == "stop":
                 raise error if isinstance(error, SaveError) else SaveError(str(error)) from error
             if type(error).__name__ not in self._told:
                 self._display.say(f"not saved, going on: {error}")

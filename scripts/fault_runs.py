@@ -45,27 +45,19 @@ def child(options: dict[str, Any]) -> None:
     from jaxrl_llm.policy import language_model
     from jaxrl_llm.tasks.isolated import Isolated
 
-    trouble, slots = options.pop("trouble", None), options.pop("slots", None)
+    model, slots, trouble = options.pop("model"), options.pop("slots", None), options.pop("trouble", None)
     fault, resumed = options.pop("fault", None), options.pop("resumed", False)
-    paths = {name: Path(options.pop(name)) for name in ("policy", "data", "run")}
+    paths = {name: Path(options.pop(name)) for name in ("policy", "data", "run") if name in options}
     config = job.TrainConfig(**options, **paths)
     prepared = job.prepare(job.resumable(config.run) if resumed else config, resumed=resumed)
-
     if fault is not None:
         import fault_runs  # by a name that the verifier's process can import
 
         grade = Isolated(functools.partial(fault_runs.troubled, fault=fault), 1.0)
         rows = {**config.task_options, "tokenizer": prepared.tokenizer, "grade": grade}
         prepared = dataclasses.replace(prepared, task=tasks.load("jsonl", data=config.data, **rows))
-    if trouble is not None:
-        size, rate = {"NaN": (jnp.nan, 0.2), "Inf": (jnp.inf, 0.2), "huge": (1e6, 0.2)}[trouble]
-
-        def term(scores: Any, batch: Any) -> Any:
-            bad = jax.random.uniform(jax.random.fold_in(jax.random.key(5), batch.prompts.index[0])) < rate
-            return jnp.where(bad, size, 0.0) * scores.logp
-
-        loss = dataclasses.replace(prepared.algorithm.loss, terms=(term,))
-        prepared = dataclasses.replace(prepared, algorithm=dataclasses.replace(prepared.algorithm, loss=loss))
+    if model == "numbers":
+        execute.learner_of = functools.partial(numbers, size=trouble)  # type: ignore[assignment]
     if slots is not None:
         policy = language_model(transformer(prepared.model), slots=slots)
         execute.learner_of = lambda job: engine.learner(  # type: ignore[assignment]
@@ -84,7 +76,55 @@ def child(options: dict[str, Any]) -> None:
 
         execute.evaluator = lambda *_, **__: evaluation  # type: ignore[assignment]
         execute.report.curve = lambda _: None
+        execute.hf.save = lambda *_, **__: None
     cli.attempt(prepared)
+
+
+def numbers(job: Any, *, size: str | None) -> Any:
+    """A learner of a few thousand numbers, with key, data, memory and optimiser: the run around it is the real one.
+
+    A language model's step would take seconds to trace in every process. `size`: of a gradient that is too large where
+    a draw says so.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from jaxrl_llm.guard import guard
+    from jaxrl_llm.types import Learner, Sampling, TrainState
+
+    adam = optax.adam(1e-2)
+
+    def init(key: Any) -> TrainState:
+        params = {"w": jax.random.normal(key, (64, 64)), "b": jnp.zeros(64)}
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.fold_in(key, 1),
+            params={"policy": params},
+            opt_state={"policy": adam.init(params)},
+            memory={"prompt": jnp.zeros(job.task.rows, jnp.int32), "rollout": jnp.zeros((0, 3))},
+            numbers={},
+            sampling=Sampling(temperature=jnp.ones(())),
+        )
+
+    def step(state: TrainState, prompts: Any) -> tuple[TrainState, dict[str, Any]]:
+        draw, bad, noise = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        prompts = job.task.draw(draw, job.config.prompts_per_step) if prompts is None else prompts
+        x = jax.random.normal(noise, (len(prompts.index), 64)) + prompts.index[:, None]
+        params = state.params["policy"]
+        loss, slope = jax.value_and_grad(lambda p: jnp.tanh(x @ p["w"] + p["b"]).mean())(params)
+        if size is not None:
+            factor = jnp.where(jax.random.uniform(bad) < 0.1, {"NaN": jnp.nan, "Inf": jnp.inf, "huge": 1e9}[size], 1.0)
+            slope = jax.tree.map(lambda g: g * factor, slope)
+        change, opt_state = adam.update(slope, state.opt_state["policy"], params)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(slope), "reward/mean": -loss, "entropy": -loss}
+        metrics |= {"length/mean": x.sum(), "tokens/generated": jnp.float32(len(x))}
+        memory = {**state.memory, "prompt": state.memory["prompt"].at[prompts.index].add(1)}
+        new = {"params": {"policy": optax.apply_updates(params, change)}, "opt_state": {"policy": opt_state}}
+        return dataclasses.replace(state, step=state.step + 1, memory=memory, **new), metrics
+
+    plain = Learner(init, step)
+    return plain if job.config.bad_updates == "apply" else guard(plain, max_norm=job.config.bad_norm or float("inf"))
 
 
 class Bench:
@@ -97,18 +137,22 @@ class Bench:
         self.environment = {**os.environ, **cache, **paths, "XLA_FLAGS": FAST, "JAX_PLATFORMS": "cpu"}
         rows = [json.dumps({"prompt": f"number {i}", "answer": i % 3}) for i in range(37)]
         (folder / "data.jsonl").write_text("\n".join(rows))
-        code = (
-            "import sys, jax; from jaxrl_llm.models import hf\n"
-            "from jaxrl_llm.models.transformer import TransformerConfig, transformer\n"
-            "from jaxrl_llm.tasks.host import byte_pair_tokenizer\n"
-            "c = TransformerConfig(vocab_size=258, hidden_size=16, intermediate_size=32, num_hidden_layers=1,"
-            " num_attention_heads=2, num_key_value_heads=1, head_dim=8)\n"
-            "p = jax.device_get(transformer(c).init(jax.random.key(0)))\n"
-            "hf.save(sys.argv[1], c, p, tokenizer=byte_pair_tokenizer(['0 1 2'], 258))\n"
-        )
-        subprocess.run(
-            [sys.executable, "-c", code, str(folder / "policy")], env=self.environment, check=True, capture_output=True
-        )
+
+    def policy(self) -> Path:
+        """The smallest language model there is."""
+        folder = self.folder / "policy"
+        if not folder.exists():
+            import jax
+
+            from jaxrl_llm.models import hf
+            from jaxrl_llm.models.transformer import TransformerConfig, transformer
+            from jaxrl_llm.tasks.host import byte_pair_tokenizer
+
+            sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+            config = TransformerConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+            params = jax.device_get(transformer(config).init(jax.random.key(0)))
+            hf.save(folder, config, params, tokenizer=byte_pair_tokenizer(["0 1 2"], 258))
+        return folder
 
     def options(self, run: Path, **changes: Any) -> dict[str, Any]:
         """Of a small run on rows of a file, whose programs are shared by all."""
@@ -122,10 +166,12 @@ class Bench:
             "eval_problems": 2,
             "learning_rate": 1e-3,
             "prompts_per_step": 4,
-            "policy": str(self.folder / "policy"),
             "data": str(self.folder / "data.jsonl"),
             "run": str(run),
+            "model": "numbers",
         }
+        if changes.get("model") == "language":
+            found["policy"] = str(self.policy())
         return found | changes
 
     def place(self) -> Path:

@@ -4,8 +4,10 @@
     python scripts/faults.py --only kill --times 3 --no-table
 
 Every run is resumed until it is finished and compared with one that nobody disturbed: all lines of metrics.jsonl but
-their seconds, and all arrays of the last checkpoint, bit for bit. Full and read-only disks are small tmpfs, mounted for
-the purpose (needs root); without that, RLIMIT_FSIZE stands in for the full one and the read-only rows are left out.
+their seconds, and all arrays of the last checkpoint, bit for bit. Most runs train a few thousand numbers, so that a
+process costs seconds; those with slots, partial rollouts or a verifier train a small language model. Full and read-only
+disks are small tmpfs, mounted for the purpose (needs root); without that, RLIMIT_FSIZE stands in for the full one and
+the read-only rows are left out.
 """
 
 from __future__ import annotations
@@ -223,7 +225,7 @@ def bad_update(bench: Bench, dice: random.Random, times: int, size: str, how: st
 def verifier(bench: Bench, dice: random.Random, times: int, fault: str, where: str) -> dict[str, int]:
     """a verifier misbehaves on some responses"""
     run = bench.place()
-    done(bench.start(run, fault=fault, verify=where, steps=4, eval_problems=2))
+    done(bench.start(run, model="language", fault=fault, verify=where, steps=4, eval_problems=2))
     found = lines(run)
     name = {"hangs": "hung", "crashes": "crashed", "raises": "raised", "talks nonsense": "nonsense"}[fault]
     faults = sum(line[f"verifier/{name}"] for line in found)
@@ -233,13 +235,17 @@ def verifier(bench: Bench, dice: random.Random, times: int, fault: str, where: s
     return {f"{faults} of {32 * len(found)} responses not scored and counted, the others as ever": 1}
 
 
+LANGUAGE: dict[str, Any] = {"model": "language", "slots": 5, "set": {"group_size": 8}}
 Fault = Callable[[Bench, random.Random, int], dict[str, int]]
 
 FAULTS: dict[str, tuple[Fault, int]] = {
     "kill -9": (kill, 10),
     "kill -9 in a save": (kill_in_save, 8),
-    "kill -9, slots refilled": (functools.partial(kill, slots=5), 3),
-    "kill -9, partial rollouts": (functools.partial(kill, algorithm="april", set={"group_size": 8}, slots=5), 3),
+    "kill -9, slots refilled": (functools.partial(kill, **LANGUAGE), 3),
+    "kill -9, partial rollouts": (
+        functools.partial(kill, model="language", algorithm="april", set={"group_size": 8}, slots=5),
+        3,
+    ),
     "kill -9, five steps a program": (functools.partial(kill, scan=5, checkpoint_every=10), 3),
     "SIGTERM": (terminate, 5),
     "disk full, stop": (functools.partial(full, how="stop"), 1),

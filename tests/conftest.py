@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import resource
 from importlib.metadata import version
@@ -74,6 +75,16 @@ def forget(most=25_000):
     run._program.cache_clear()
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def fault_runs():
+    """`scripts/fault_runs.py`: small runs to break."""
+    place = Path(__file__).parents[1] / "scripts" / "fault_runs.py"
+    spec = importlib.util.spec_from_file_location("fault_runs", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
