@@ -85,6 +85,7 @@ class TransformerConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0  # of an expert
     norm_topk_prob: bool = True  # the weights of a token's experts sum to 1
+    experts_implementation: str = "dense"  # or "ragged", for TPUs: see models/experts.py
     max_position_embeddings: int = dataclasses.field(default=32_768, compare=False)  # nothing computes with it
     # Sampling loops over layers inside the program too, instead of writing each of them out: deep models compile in the
     # time of a shallow one, and a CPU computes more slowly. See models/scanned.py.
@@ -129,6 +130,8 @@ class TransformerConfig:
             )
         if self.num_experts and self.moe_intermediate_size < 1:
             raise ValueError(f"experts need a moe_intermediate_size, got {self.moe_intermediate_size}")
+        if self.experts_implementation not in ("dense", "ragged"):
+            raise ValueError(f"experts_implementation must be 'dense' or 'ragged', got {self.experts_implementation!r}")
         self._check_layers()
         self._say_it_one_way()
 

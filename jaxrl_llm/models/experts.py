@@ -1,4 +1,4 @@
-"""Experts: gated MLPs of which each token goes through a few."""
+"""Experts: gated MLPs of which each token goes through a few. No token is dropped, whatever the others chose."""
 
 from __future__ import annotations
 
@@ -14,37 +14,65 @@ from jax import Array
 class Experts(nn.Module):
     """A gated MLP for each expert; parameters `gate_proj`, `up_proj` `[E D F]` and `down_proj` `[E F D]`.
 
-    No token is dropped: tokens are sorted by expert, and each expert multiplies its own rows (a ragged product, as in
-    MegaBlocks, 2211.15841).
-
     num_experts: `E`.
     width: `F`.
     act: of the gate.
+    implementation: "dense" or "ragged", see `dense` and `ragged`.
     dtype: of the computation.
     """
 
     num_experts: int
     width: int
     act: Callable[[Array], Array]
+    implementation: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Array, weights: Array, chosen: Array) -> Array:
         """`x` `[... D]`, the `weights` and indices `chosen` of each token's experts `[... k]` -> `[... D]`."""
         d, k = x.shape[-1], chosen.shape[-1]
-        rows, expert = x.reshape(-1, d), chosen.reshape(-1)
-        order = jnp.argsort(expert)
-        sizes = jnp.bincount(expert, length=self.num_experts).astype(jnp.int32)
-        rows = rows[order // k].astype(self.dtype)
-        gate = jax.lax.ragged_dot(rows, self._kernels("gate_proj", d, self.width), sizes)
-        up = jax.lax.ragged_dot(rows, self._kernels("up_proj", d, self.width), sizes)
-        rows = jax.lax.ragged_dot(self.act(gate) * up, self._kernels("down_proj", self.width, d), sizes)
-        out = rows[jnp.argsort(order)].reshape(-1, k, d)
-        return jnp.einsum("nkd,nk->nd", out, weights.reshape(-1, k).astype(out.dtype)).reshape(x.shape)
-
-    def _kernels(self, name: str, inner: int, outer: int) -> Array:
+        wide, shape = (self.num_experts, d, self.width), (self.num_experts, self.width, d)
         start = nn.initializers.lecun_normal(batch_axis=(0,))
-        return jnp.asarray(self.param(name, start, (self.num_experts, inner, outer), jnp.float32), self.dtype)
+        names = {"gate_proj": wide, "up_proj": wide, "down_proj": shape}
+        kernels = [jnp.asarray(self.param(n, start, s, jnp.float32), self.dtype) for n, s in names.items()]
+        run = ragged if self.implementation == "ragged" else dense
+        rows = x.reshape(-1, d).astype(self.dtype)
+        return run(self.act, kernels, rows, weights.reshape(-1, k), chosen.reshape(-1, k)).reshape(x.shape)
+
+
+def dense(act: Callable[[Array], Array], kernels: list[Array], x: Array, weights: Array, chosen: Array) -> Array:
+    """Every expert computes every token, with weight 0 where it was not chosen: `E / k` times the arithmetic.
+
+    Plain matrix products: they shard over experts, and differentiate and vectorise in every way.
+
+    Args:
+      act: of the gate.
+      kernels: `[E D F]`, `[E D F]`, `[E F D]`.
+      x: `[N D]`.
+      weights, chosen: `[N k]`.
+
+    Returns:
+      `[N D]`.
+    """
+    gate, up, down = kernels
+    share = jnp.einsum("nk,nke->en", weights, jax.nn.one_hot(chosen, gate.shape[0], dtype=weights.dtype))
+    inner = act(jnp.einsum("nd,edf->enf", x, gate)) * jnp.einsum("nd,edf->enf", x, up)
+    return jnp.einsum("enf,efd->nd", inner * share[..., None].astype(inner.dtype), down)
+
+
+def ragged(act: Callable[[Array], Array], kernels: list[Array], x: Array, weights: Array, chosen: Array) -> Array:
+    """As `dense`, but each expert multiplies its own tokens only, sorted by expert (MegaBlocks, 2211.15841).
+
+    `jax.lax.ragged_dot` is one kernel on a TPU; elsewhere XLA makes it dense, which costs more than `dense` does. JAX
+    has no `vmap` of its gradient.
+    """
+    gate, up, down = kernels
+    order = jnp.argsort(chosen.reshape(-1))
+    sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0]).astype(jnp.int32)
+    rows = x[order // chosen.shape[-1]]
+    inner = act(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
+    return jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype))
 
 
 def routed(logits: Array, k: int, *, norm: bool) -> tuple[Array, Array]:

@@ -51,6 +51,7 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 MIXTURE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+HOW = ("dtype", "remat", "experts_implementation")  # of the computation, not of the model
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -90,6 +91,12 @@ def read_settings(settings: Settings, where: str, *, dtype: Any, ignore: Collect
       ValueError: another family, a missing size, a value or a key this transformer does not compute.
     """
     kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind == "gemma3" and isinstance(settings.get("text_config"), dict):
+        # A Gemma 3 that sees images; what it does with text alone is its text model.
+        settings, kind = (
+            {"tie_word_embeddings": True, **settings["text_config"], "model_type": "gemma3_text"},
+            "gemma3_text",
+        )
     if kind not in FAMILIES:
         raise ValueError(f"{where}: model_type is {kind!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
@@ -135,9 +142,10 @@ def write_settings(config: TransformerConfig) -> Settings:
             again = read_settings(settings, "config.json", dtype=config.dtype)
         except ValueError:  # sizes another family needs
             continue
-        if dataclasses.replace(again, remat=config.remat) == config:
+        how = {name: getattr(config, name) for name in HOW}
+        if dataclasses.replace(again, **how) == config:
             return settings
-    fields = [f for f in dataclasses.fields(config) if f.compare and f.name not in ("dtype", "remat", "rope_theta")]
+    fields = [f for f in dataclasses.fields(config) if f.compare and f.name not in (*HOW, "rope_theta")]
     odd = [f.name for f in fields if f.default is not dataclasses.MISSING and getattr(config, f.name) != f.default]
     raise ValueError(f"no Hugging Face form ({', '.join(kinds)}) has this combination: {', '.join(odd)}")
 

@@ -33,12 +33,14 @@ def load(
 ) -> tuple[TransformerConfig, PyTree]:
     """Reads `config.json` and `model.safetensors` (or its shards).
 
+    Of a Gemma 3 that sees images (`model_type` "gemma3") the text model is read, and the rest left out.
+
     Args:
       folder: a local folder.
       dtype: of the computation; parameters are float32 whatever the file holds.
       sharding: where each parameter shall live, `{path: Sharding}` or `(path, shape) -> Sharding` with paths like
-        "layers/q_proj/kernel". Each device's slice is read from the files on its own, so that the host never holds more
-        than one parameter. None: numpy arrays.
+        "layers/q_proj/kernel". Each device's slice is read from the files on its own, and the host holds one slice at
+        a time. None: numpy arrays.
       ignore: keys of `config.json` and names of tensors that are unknown here and known to change nothing.
 
     Returns:

@@ -84,7 +84,8 @@ class Block(nn.Module):
         if c.num_experts:
             router = dense(c.num_experts, name="router")(h)
             weights, chosen = routed(router, c.num_experts_per_tok, norm=c.norm_topk_prob)
-            out = Experts(c.num_experts, c.moe_intermediate_size, act, c.dtype, name="experts")(h, weights, chosen)
+            sizes = c.num_experts, c.moe_intermediate_size
+            out = Experts(*sizes, act, c.experts_implementation, c.dtype, name="experts")(h, weights, chosen)
         else:
             gate = dense(c.intermediate_size, name="gate_proj")(h)
             up = dense(c.intermediate_size, name="up_proj")(h)

@@ -20,6 +20,8 @@ from jaxrl_llm.types import PyTree
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # from narrow to wide
+# In a model that sees images: the text model's names, and the rest.
+INSIDE, BESIDE = "language_model.", ("vision_tower.", "multi_modal_projector.")
 UNUSED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # old files store constants
 Shardings = Mapping[str, Sharding] | Callable[[str, tuple[int, ...]], Sharding]
 
@@ -118,7 +120,9 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[Path, Any] = {}
-        self.where = self._find()
+        found = {name: path for name, path in self._find().items() if not name.startswith(BESIDE)}
+        self._names = {name.removeprefix(INSIDE): name for name in found}  # ours to the file's
+        self.where = {name: found[real] for name, real in self._names.items()}
 
     def _find(self) -> dict[str, Path]:
         if (whole := self.path / WEIGHTS).is_file():
@@ -144,7 +148,7 @@ class Folder:
     def _slice(self, name: str) -> Any:
         path = self.where[name]
         try:
-            return self._open(path).get_slice(name)
+            return self._open(path).get_slice(self._names[name])
         except (safetensors.SafetensorError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: cannot read tensor {name!r}: {error}") from error
 
@@ -229,16 +233,16 @@ def _placed(folder: Folder, parameter: Stored, sharding: Shardings | None) -> An
     if sharding is None:
         return folder.read(parameter, (slice(None),) * len(shape))
     where = sharding[parameter.path] if isinstance(sharding, Mapping) else sharding(parameter.path, shape)
-    pieces: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading of it
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    alike: dict[Any, list[Any]] = {}  # devices that hold the same slice share one reading of it
+    for device, index in where.addressable_devices_indices_map(shape).items():
         index = (slice(None),) * len(shape) if index is None else index
-        key = tuple((x.start, x.stop) for x in index)
-        if key not in pieces:
-            pieces[key] = folder.read(parameter, index)
-        return pieces[key]
-
-    return jax.make_array_from_callback(shape, where, read)
+        alike.setdefault(tuple((x.start, x.stop) for x in index), []).append((device, index))
+    pieces = []
+    for devices in alike.values():
+        piece = folder.read(parameter, devices[0][1])
+        # Waited for, so that the host holds one slice at a time and not a whole parameter, which may be many gigabytes.
+        pieces += jax.block_until_ready([jax.device_put(piece, device) for device, _ in devices])
+    return jax.make_array_from_single_device_arrays(shape, where, pieces, dtype=np.dtype(np.float32))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

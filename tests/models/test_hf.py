@@ -212,7 +212,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
             {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}},
             "sliding_attention.rope_type is 'yarn'",
         ),
-        ({"model_type": "gemma3"}, "model_type is 'gemma3'"),
+        ({"model_type": "gemma3"}, "model_type is 'gemma3'"),  # without a text_config
         ({"num_attention_heads": None}, "num_attention_heads is None, not a positive number"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -225,6 +225,28 @@ def test_configurations_we_do_not_compute_are_refused(change, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         hf.load(tmp_path / "m")
     assert hf.CONFIG in str(error.value)
+
+
+def test_the_text_model_of_one_that_sees_images(tmp_path):
+    """The names are those that transformers 5.23 writes for Gemma3ForConditionalGeneration, and of published files."""
+    config, params = hf.load(GOLDEN / "gemma3_text")
+    folder = tmp_path / "m"
+    hf.save(folder, config, params, shard_bytes=4000)
+    index, saw = json.loads((folder / hf.INDEX).read_text()), "vision_tower.post_layernorm.bias"
+    for file in sorted(set(index["weight_map"].values())):
+        tensors = {f"language_model.{k}": x for k, x in safetensors.numpy.load_file(folder / file).items()}
+        safetensors.numpy.save_file({**tensors, saw: np.ones(3, np.float32)}, folder / file)
+    names = {f"language_model.{k}": file for k, file in index["weight_map"].items()}
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {**names, saw: file}}))
+    text = json.loads((folder / hf.CONFIG).read_text())
+    text.pop("tie_word_embeddings")
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}, "mm_tokens_per_image": 4}
+    (folder / hf.CONFIG).write_text(json.dumps(whole))
+    again, loaded = hf.load(folder)
+    assert again == config
+    same(loaded, params)
+    hf.save(tmp_path / "text", again, loaded)
+    assert json.loads((tmp_path / "text" / hf.CONFIG).read_text())["model_type"] == "gemma3_text"
 
 
 def test_older_and_newer_spellings_of_rope(tmp_path):
