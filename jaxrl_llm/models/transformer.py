@@ -82,8 +82,9 @@ class Block(nn.Module):
 
         h, act = norm(name="mlp_norm")(x), ACTIVATIONS[c.hidden_act]
         if c.num_experts:
-            router = dense(c.num_experts, name="router")(h)
-            weights, chosen = routed(router, c.num_experts_per_tok, norm=c.norm_topk_prob)
+            weights, chosen = routed(
+                dense(c.num_experts, name="router")(h), c.num_experts_per_tok, norm=c.norm_topk_prob
+            )
             sizes = c.num_experts, c.moe_intermediate_size
             out = Experts(*sizes, act, c.experts_implementation, c.dtype, name="experts")(h, weights, chosen)
         else:
