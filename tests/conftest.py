@@ -61,6 +61,12 @@ def programs_are_forgotten():
 
 
 @pytest.fixture(scope="session")
+def fast_flags():
+    """Of programs that compile fast, for processes that a test starts."""
+    return FAST
+
+
+@pytest.fixture(scope="session")
 def forget_programs():
     return forget
 

@@ -22,7 +22,7 @@ from jaxrl_llm.policy import language_model
 from jaxrl_llm.run import run
 from jaxrl_llm.updates.optimizer import adamw
 
-sys.path.insert(0, str(Path(__file__).parent / "laws"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
 from recurrent import recurrent
 
 PROMPTS = 8

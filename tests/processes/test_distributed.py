@@ -14,16 +14,15 @@ import jax
 import numpy as np
 import process
 import pytest
-from conftest import FAST
 
 from jaxrl_llm import checkpoint, distributed, sharding
 
 PROCESS = Path(__file__).parent / "process.py"
-ROOT = PROCESS.parents[1]
+ROOT = PROCESS.parents[2]
 HEARTBEAT = 8
 
 
-def launch(n, what, folder, limit=240):
+def launch(n, what, folder, flags, limit=240):
     """What `n` processes of one device each print, as lines by process, their exit statuses, errors and seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +30,7 @@ def launch(n, what, folder, limit=240):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": FAST,
+        "XLA_FLAGS": flags,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(n),
         "HEARTBEAT": str(HEARTBEAT),
@@ -69,15 +68,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(folder):
-    return launch(2, "save,between", folder)
+def two(folder, fast_flags):
+    return launch(2, "save,between", folder, fast_flags)
 
 
 @pytest.fixture(scope="module")
-def four(two, folder):
+def four(two, folder, fast_flags):
     """They read what two processes saved, and then the second of them dies."""
     begun = time.monotonic()
-    return (*launch(4, "load,kill", folder), time.monotonic() - begun)
+    return (*launch(4, "load,kill", folder, fast_flags), time.monotonic() - begun)
 
 
 @pytest.fixture(scope="module")
