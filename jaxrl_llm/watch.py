@@ -154,6 +154,7 @@ class Watch:
         self._counts, self._counted = counts, dict(counts or {})
         self._rewards: list[float] = []
         self._told: set[str] = set()
+        self._unsaved: set[str] = set()
         self._last_save = record.step
         self._clock = time.perf_counter()
 
@@ -184,8 +185,11 @@ class Watch:
             raise AssertionError from None
         self.record.evaluations[step] = found
         self._display.evaluated(step, found)
-        if self._counts is not None and math.isnan(found.accuracy):
-            self._display.say(f"the verifier scored not a single held-out answer: {self._counts}")
+        faults = self._new_faults()  # they are no step's
+        if any(faults.values()):
+            self._log("verifier failed", step=step, **faults)
+        if math.isnan(found.accuracy):
+            self._display.say("the verifier scored not a single held-out answer")
         self._log("evaluated", step=step, accuracy=finite(found.accuracy), reward=finite(found.reward))
         self._clock = time.perf_counter()
         return found
@@ -205,6 +209,7 @@ class Watch:
 
         if self._try(write, must):
             self._log("checkpoint", step=step, score=finite(score))
+            self._unsaved.clear()
             self._rewards = []
         self._last_save = step
 
@@ -216,18 +221,19 @@ class Watch:
         raise Preempted(last)
 
     def _try(self, write: Callable[[], Any], must: bool = False) -> bool:
-        """Whether it could be written. What went wrong is said once for every kind, and in the log each time."""
+        """Whether it could be written. What went wrong is said once for every kind, until a checkpoint is saved."""
         try:
             write()
-            self._told.clear()
             return True
         except OSError as error:
-            self._log("not saved", step=self.record.step, error=str(error))
+            kind = type(error).__name__
+            if kind not in self._unsaved:
+                self._log("not saved", step=self.record.step, error=str(error))
             if must or self._plan.save_errors == "stop":
                 raise error if isinstance(error, SaveError) else SaveError(str(error)) from error
-            if type(error).__name__ not in self._told:
+            if kind not in self._unsaved:
                 self._display.say(f"not saved, going on: {error}")
-            self._told.add(type(error).__name__)
+            self._unsaved.add(kind)
             return False
 
     def _add_lines(self, values: dict[str, np.ndarray]) -> None:
@@ -251,8 +257,8 @@ class Watch:
         found = {f"verifier/{name}": n - self._counted[name] for name, n in self._counts.items()}
         self._counted = dict(self._counts)
         if any(found.values()) and "verifier" not in self._told:
+            self._told.add("verifier")
             self._display.say(f"the verifier failed, and those responses do not count: {found}")
-            self._log("verifier failed", step=self.record.step + 1, **found)
         return found
 
     def _judge(self, state: TrainState, values: dict[str, np.ndarray]) -> None:

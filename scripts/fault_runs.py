@@ -53,7 +53,7 @@ def child(options: dict[str, Any]) -> None:
     if fault is not None:
         import fault_runs  # by a name that the verifier's process can import
 
-        grade = Isolated(functools.partial(fault_runs.troubled, fault=fault), 1.0)
+        grade = Isolated(functools.partial(fault_runs.troubled, fault=fault), 5.0)
         rows = {**config.task_options, "tokenizer": prepared.tokenizer, "grade": grade}
         prepared = dataclasses.replace(prepared, task=tasks.load("jsonl", data=config.data, **rows))
     if model == "numbers":

@@ -45,6 +45,8 @@ def kill(bench: Bench, dice: random.Random, times: int, **changes: Any) -> dict[
     """kill -9 at random moments of one run"""
     whole, run, landed = bench.whole(**changes), bench.place(), 0
     for i in range(times):
+        if (run / "summary.json").exists():
+            break
         process = bench.start(run, resumed=i > 0, **changes)
         goal = dice.randint(0, STEPS // 2) if i == 0 else count(run) + dice.randint(-EVERY, STEPS // times)
         wait(process, lambda goal=goal: STEPS > count(run) > goal)
@@ -53,7 +55,8 @@ def kill(bench: Bench, dice: random.Random, times: int, **changes: Any) -> dict[
         process.kill()
         process.communicate()
         whole_checkpoints(run)
-    done(bench.start(run, resumed=True, **changes))
+    if not (run / "summary.json").exists():
+        done(bench.start(run, resumed=True, **changes))
     check_equal(run, whole)
     return {"resumed each time; in the end the undisturbed run": landed}
 
@@ -93,6 +96,8 @@ def terminate(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
     """SIGTERM at random moments of one run"""
     whole, run, seconds = bench.whole(), bench.place(), []
     for i in range(times):
+        if (run / "summary.json").exists():
+            break
         process = bench.start(run, resumed=i > 0)
         goal = count(run) + dice.randint(0, STEPS // times - 3)
         wait(process, lambda goal=goal: count(run) > goal)
@@ -100,11 +105,12 @@ def terminate(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
         told = time.monotonic()
         done(process)
         seconds.append(time.monotonic() - told)
-        assert count(run) in steps_of(run) or count(run) == STEPS
-    done(bench.start(run, resumed=True))
+        assert count(run) in steps_of(run)
+    if not (run / "summary.json").exists():
+        done(bench.start(run, resumed=True))
     check_equal(run, whole)
     longest = f"exit status 0 after at most {max(seconds):.1f} s"
-    return {f"saved its last step, {longest}; in the end the undisturbed run": times}
+    return {f"saved its last step, {longest}; in the end the undisturbed run": len(seconds)}
 
 
 def full(bench: Bench, dice: random.Random, times: int, how: str) -> dict[str, int]:
@@ -132,10 +138,10 @@ def read_only(bench: Bench, dice: random.Random, times: int, how: str) -> dict[s
         return [str(path) for path in (disk, *disk.rglob("*")) if path.is_dir() or path.name.startswith("metrics")]
 
     def lock(disk: Path) -> None:
-        subprocess.run(["chattr", "+i", *everything(disk)], check=True, capture_output=True)
+        subprocess.run(["chattr", "+i", *everything(disk)], check=False, capture_output=True)
 
     def unlock(disk: Path) -> None:
-        subprocess.run(["chattr", "-i", *everything(disk)], check=True, capture_output=True)
+        subprocess.run(["chattr", "-i", *everything(disk)], check=False, capture_output=True)
 
     with small_disk(bench) as disk:
         if disk is None:
@@ -252,7 +258,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "disk full, continue": (functools.partial(full, how="continue"), 1),
     "read-only folder, stop": (functools.partial(read_only, how="stop"), 1),
     "read-only folder, continue": (functools.partial(read_only, how="continue"), 1),
-    "damaged checkpoint": (damage, 6),
+    "damaged checkpoint": (damage, 4),
     **{
         f"{size} gradient, {how}": (functools.partial(bad_update, size=size, how=how), 1)
         for size in ("NaN", "Inf", "huge")
@@ -268,7 +274,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="faults whose names contain this")
+    parser.add_argument("--only", nargs="+", help="faults whose names contain one of these")
     parser.add_argument("--times", type=int, help="how often each is tried; none: as the table says")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--no-table", action="store_true", help="print only")
@@ -277,7 +283,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         for name, (fault, times) in FAULTS.items():
-            if given.only is not None and given.only not in name:
+            if given.only is not None and not any(part in name for part in given.only):
                 continue
             start = time.monotonic()
             outcomes = fault(bench, random.Random(f"{given.seed} {name}"), given.times or times)
