@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxrl_llm.chips import LATENCY, Topology
 from jaxrl_llm.hlo import Collective
 from jaxrl_llm.hlo_cost import Carried, Cost
-from jaxrl_llm.types import TrainState
 
 # The parts of a step; names that stand in the source of an instruction, as `jax.named_scope` puts them there.
 PHASES = ("generation", "scoring", "forward", "backward", "optimizer", "other")
@@ -65,14 +64,17 @@ class Exchange(NamedTuple):
     seconds: float | None
 
 
-def state_memory(state: TrainState, where: Topology) -> Memory:
-    """Of the state alone; `state` are shapes with their shardings."""
+def state_memory(params: Any, opt_state: Any, state: Any, where: Topology) -> Memory:
+    """Of the state alone. `state` is all of it, or empty if there is nothing else; leaves as in `on_one`."""
+    parts = on_one(params), on_one(opt_state)
+    rest = max(on_one(state) - sum(parts), 0.0)
+    limit = None if where.chip is None else where.chip.memory
+    return Memory(*parts, rest, 0.0, 0.0, 0.0, 0.0, sum(parts) + rest, limit)
 
-    def on_one(tree: Any) -> float:
-        return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x) for x in jax.tree.leaves(tree)))
 
-    parts = on_one(state.params), on_one(state.opt_state), on_one((state.memory, state.numbers, state.sampling))
-    return Memory(*parts, 0.0, 0.0, 0.0, 0.0, sum(parts), None if where.chip is None else where.chip.memory)
+def on_one(tree: Any) -> float:
+    """Bytes of one device's part of arrays; leaves are `jax.ShapeDtypeStruct`s with shardings."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * _itemsize(x) for x in jax.tree.leaves(tree)))
 
 
 def _itemsize(x: Any) -> int:

@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_llm import algorithms, hlo, sharding
 from jaxrl_llm.arguments import arguments
 from jaxrl_llm.chips import Topology, topology
 from jaxrl_llm.engine import learner
-from jaxrl_llm.footprint import Exchange, Memory, Phase, exchanges, phases, refused, state_memory, used
+from jaxrl_llm.footprint import Exchange, Memory, Phase, exchanges, on_one, phases, refused, state_memory, used
 from jaxrl_llm.hlo_cost import carried, costs
 from jaxrl_llm.hlo_program import loops, parse, with_trips
 from jaxrl_llm.models import families, hf, sizes
@@ -81,6 +81,8 @@ class PlanConfig:
     """Sampling loops over layers inside the program; otherwise every layer is compiled, for each size of the cache."""
     layers: int | None = None
     """Compile only this many of the model's layers (faster; the figures are those of the smaller model)."""
+    compile: bool = True
+    """Otherwise, in seconds: only what the policy, its optimiser, a gradient and sampling are certain to take."""
     hlo: Path | None = None
     """File to write the compiled program to."""
     json: bool = False
@@ -128,16 +130,21 @@ def plan(config: PlanConfig) -> Plan:
     algorithm = algorithms.load(config.algorithm, **arguments(recipe, given, "--set"))
     mesh = sharding.mesh(**sharding.parse(config.mesh), devices=_devices(where))
     begun = time.perf_counter()
-    state, lowered = _lowered(config, algorithm, model, mesh)
+    group = int(given.get("group_size", _default(recipe, "group_size", 1)))
+    parameters, memory = least(config, model, mesh, where, group)
     empty = Plan(
         config=config,
         topology=where,
         mesh=dict(mesh.shape),
         model=model,
-        group_size=int(given.get("group_size", _default(recipe, "group_size", 1))),
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params["policy"])),
-        memory=state_memory(state, where),
+        group_size=group,
+        parameters=parameters,
+        memory=memory,
     )
+    if not config.compile:
+        return empty
+    state, lowered = _lowered(config, algorithm, model, mesh)
+    empty = dataclasses.replace(empty, memory=state_memory(state.params, state.opt_state, state, where))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -147,6 +154,41 @@ def plan(config: PlanConfig) -> Plan:
     if config.hlo is not None:
         config.hlo.write_text(text)
     return dataclasses.replace(_read(empty, text, compiled), seconds_to_compile=time.perf_counter() - begun)
+
+
+def least(config: PlanConfig, model: TransformerConfig, mesh: Mesh, where: Topology, group: int) -> tuple[int, Memory]:
+    """The policy's parameters, a count, and the memory that is certain to be needed, from shapes alone.
+
+    The policy and its optimiser stay; with them is either a gradient or what sampling holds: weights split by `tensor`
+    alone, and the caches of prompts and responses.
+    """
+    net = transformer(model)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    place = functools.partial(sharding.of_state, mesh)
+    state = _at({"params": params, "opt_state": jax.eval_shape(adamw(1e-6).init, params)}, place)
+    found = state_memory(state["params"], state["opt_state"], (), where)
+
+    def weight(path: Any, x: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, sharding.spec({**mesh.shape, "fsdp": 1}, f"decoder/{name}", x.shape))
+
+    def cached(x: Any) -> NamedSharding:
+        axes = (sharding.ROWS, "tensor") if x.ndim > 3 else (sharding.ROWS,)
+        return NamedSharding(mesh, sharding.fitted(mesh.shape, axes, x.shape))
+
+    contexts, rows = config.prompts_per_step, group
+    if config.slots and config.slots < contexts * rows:
+        contexts, rows = config.slots, 1
+    shape = contexts, config.prompt_length - 1
+    prompts = jax.eval_shape(lambda: Context(tokens=jnp.zeros(shape, jnp.int32), mask=jnp.zeros(shape, bool)))
+    decoder, prefix = jax.eval_shape(net.decoder, params), jax.eval_shape(net.prefill, params, prompts)
+    cache = jax.eval_shape(lambda: net.empty(contexts, rows, config.response_length))
+    reads = on_one(_at(decoder, functools.partial(jax.tree_util.tree_map_with_path, weight)))
+    reads += on_one(_at(prefix, functools.partial(jax.tree.map, cached)))
+    changed = on_one(_at(cache, functools.partial(jax.tree.map, cached)))
+    temporary = max(found.parameters, reads + changed)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    return count, found._replace(temporary=temporary, cache=changed, reads=reads, total=found.total + temporary)
 
 
 def model_of(config: PlanConfig) -> TransformerConfig:

@@ -145,7 +145,8 @@ def _headline(plan: Plan) -> str:
     return (
         f"{c.model}{layers}: {plan.parameters / 1e9:.2f} G parameters, {c.algorithm}, on {kind} as {mesh}\n"
         f"{c.prompts_per_step} prompts x {plan.group_size} rollouts, {c.prompt_length} + {c.response_length} tokens, "
-        f"accumulate {c.accumulate}, {c.dtype}; compiled in {plan.seconds_to_compile:.0f} s"
+        f"accumulate {c.accumulate}, {c.dtype}; "
+        + (f"compiled in {plan.seconds_to_compile:.0f} s" if c.compile else "not compiled")
     )
 
 
@@ -155,12 +156,14 @@ def _memory(plan: Plan) -> str:
     rows.append(("temporaries", m.temporary))
     if m.cache:
         rows += [("  sampling changes (its cache)", m.cache), ("  sampling reads (weights ...)", m.reads)]
-    rows += [("program", m.program), ("in all", m.total)]
+    sure = plan.config.compile
+    rows += [("program", m.program), ("in all", m.total)] if sure else [("at least", m.total)]
     if m.limit is not None:
         rows.append(("the chip has", m.limit))
     lines = [f"{name:<32}{_gib(size):>12}" for name, size in rows]
     if m.limit is not None:
-        lines.append("It fits." if m.fits else "It does not fit.")
+        fits = "It fits." if sure else "It may fit: without --no-compile the compiler says whether it does."
+        lines.append(fits if m.fits else "It does not fit.")
     return "\n".join(["memory of one chip", *lines])
 
 

@@ -2,6 +2,7 @@
 
     python scripts/plan_table.py                 # all rows that are not there yet, one after the other
     python scripts/plan_table.py --rows 0 3      # these, again
+    python scripts/plan_table.py --least         # only what is certain to be needed, from shapes, in seconds
     python scripts/plan_table.py --write         # the page alone, from what is there
 
 Each row is searched: from `rows` below on, the response length is doubled while the step fits and halved until it does,
@@ -58,10 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to compile, from 0")
     parser.add_argument("--compiles", type=int, default=3, help="most compilations of a row")
+    parser.add_argument("--least", action="store_true", help="what all rows need at least; compile nothing")
     parser.add_argument("--write", action="store_true", help="write the page and compile nothing")
     given = parser.parse_args()
     wanted = range(len(ROWS)) if given.rows is None else given.rows
-    for row in [] if given.write else [ROWS[i] for i in wanted]:
+    if given.least:
+        keep([at_least(row) for row in ROWS])
+    for row in [] if given.write or given.least else [ROWS[i] for i in wanted]:
         search(row, given.compiles, again=given.rows is not None)
     PAGE.write_text(page(kept()))
     print(f"wrote {PAGE}")
@@ -87,10 +91,28 @@ def compiled(row: Row, length: int) -> dict[str, Any]:
     if done.returncode not in (0, 1) or not done.stdout:
         raise SystemExit(f"{row}: the command ended with {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)
-    with KEPT.open("a") as file:
-        file.write(json.dumps(found) + "\n")
+    keep([found])
     print("  fits" if found["fits"] else "  does not fit", f"in {found['seconds_to_compile']:.0f} s", flush=True)
     return found
+
+
+def at_least(row: Row) -> dict[str, Any]:
+    """The figures of `--no-compile`, in this process."""
+    import jax
+
+    from jaxrl_llm import cli
+    from jaxrl_llm.plan import plan
+    from jaxrl_llm.plan_text import as_json
+
+    jax.config.update("jax_platforms", "cpu")
+    config: Any = cli.parse(["plan", *shlex.split(row.options(row.length)), "--no-compile"])
+    found: dict[str, Any] = json.loads(as_json(plan(config)))
+    return found
+
+
+def keep(found: list[dict[str, Any]]) -> None:
+    with KEPT.open("a") as file:
+        file.writelines(json.dumps(x) + "\n" for x in found)
 
 
 def kept() -> list[dict[str, Any]]:
@@ -99,9 +121,10 @@ def kept() -> list[dict[str, Any]]:
     return list({json.dumps(x["config"], sort_keys=True): x for x in lines}.values())
 
 
-def of(row: Row, found: dict[str, Any]) -> bool:
+def of(row: Row, found: dict[str, Any], whole: bool = True) -> bool:
+    """Whether these are figures of the row, `whole` ones or the least."""
     c = found["config"]
-    same = (c["model"], c["topology"], c["mesh"]) == (row.model, row.topology, row.mesh)
+    same = c["compile"] == whole and (c["model"], c["topology"], c["mesh"]) == (row.model, row.topology, row.mesh)
     return same and (c["prompts_per_step"], c["accumulate"]) == (row.prompts, row.accumulate)
 
 
@@ -111,6 +134,12 @@ The whole GRPO step (sampling, scores, gradient, AdamW in float32; computation a
 time for TPU slices, by `python scripts/plan_table.py` on a machine without a TPU. Prompts have 512 tokens and groups 8
 rollouts; a gradient keeps each layer's input, and attention is the splash kernel. `jaxrl-llm plan` gives the same for
 any model, recipe, mesh and slice.
+"""
+LEAST_HEAD = """## What is certain to be needed
+
+From shapes and shardings alone (`--no-compile`, seconds; `python scripts/plan_table.py --least`), GiB of one chip:
+parameters and optimiser stay, and with them is either a gradient or what sampling holds: layers in bfloat16, embedding and
+output in float32, split by `tensor` alone. Activations come on top; only the compiler knows them.
 
 """
 NOTES = """
@@ -147,11 +176,20 @@ def share(x: dict[str, Any]) -> str:
     return f"{100 * x['model_flops'] / x['devices'] / x['peak_flops'] / (took['estimate'] + took['links']):.0f} %"
 
 
-COLUMNS = (
+LEAST = (
     ("model", lambda x: x["config"]["model"]),
     ("slice", lambda x: f"{x['accelerator']} ({x['config']['topology'].split(':')[1]})"),
     ("mesh", lambda x: x["config"]["mesh"]),
     ("rollouts x tokens", lambda x: f"{x['config']['prompts_per_step']} x 8 x {x['config']['response_length']}"),
+    ("parameters", lambda x: gib(x["memory"]["parameters"])),
+    ("optimiser", lambda x: gib(x["memory"]["optimizer"])),
+    ("gradient", lambda x: gib(x["memory"]["parameters"])),
+    ("sampling: weights and prompts", lambda x: gib(x["memory"]["reads"])),
+    ("sampling: responses", lambda x: gib(x["memory"]["cache"])),
+    ("at least / HBM", lambda x: f"{gib(x['memory']['total'])} / {gib(x['memory']['limit'])}"),
+)
+COLUMNS = (
+    *LEAST[:4],
     ("accumulate", lambda x: str(x["config"]["accumulate"])),
     ("state", lambda x: gib(x["memory"]["parameters"] + x["memory"]["optimizer"])),
     ("cache", lambda x: gib(x["memory"]["cache"]) if x["fits"] else ""),
@@ -164,12 +202,25 @@ COLUMNS = (
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """The table, in the order of `ROWS`."""
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in ROWS:
-        for x in sorted((x for x in found if of(row, x)), key=lambda x: x["config"]["response_length"]):
-            lines.append("| " + " | ".join(read(x) for _, read in COLUMNS) + " |")
-    return HEAD + "\n".join(lines) + "\n" + NOTES
+    """The tables, in the order of `ROWS`, and which rows are missing."""
+    compiled_ = [x for row in ROWS for x in sorted(found, key=length_of) if of(row, x)]
+    least = [x for row in ROWS for x in found if of(row, x, whole=False)]
+    waiting = [i for i, row in enumerate(ROWS) if not any(of(row, x) for x in found)]
+    left = [f"- `jaxrl-llm plan {ROWS[i].options(ROWS[i].length)}` (`--rows {i}`)" for i in waiting]
+    parts = [HEAD, table(COLUMNS, compiled_) + NOTES if compiled_ else ""]
+    parts += ["## Not compiled yet\n\n" + "\n".join(left) + "\n"] if left else []
+    parts += [LEAST_HEAD + table(LEAST, least)] if least else []
+    return "\n".join(part for part in parts if part)
+
+
+def table(columns: Any, found: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(read(x) for _, read in columns) + " |" for x in found]
+    return "\n".join(lines) + "\n"
+
+
+def length_of(x: dict[str, Any]) -> int:
+    return int(x["config"]["response_length"])
 
 
 if __name__ == "__main__":

@@ -74,6 +74,23 @@ def test_memory_is_that_of_the_shards(printed):
     assert found["fits"] and m["limit"] is None
 
 
+def test_what_is_certain_needs_no_compiler(printed, folder):
+    _, _, whole = printed
+    config = dataclasses.replace(whole.config, compile=False, hlo=None)
+    sure = plan(config)
+    assert sure.memory.parameters == whole.memory.parameters and sure.parameters == whole.parameters
+    assert sure.memory.optimizer == whole.memory.optimizer
+    rows, prompts, heads = B * G / 4, B / 4, K / 2
+    assert sure.memory.cache == 2 * 2 * rows * heads * HEAD * T * L
+    biases, norms = HEAD * (H + 2 * K), 2 * D
+    weights = 2 * L * (LAYER / 2 + biases / 2 + norms) + 4 * (V * D / 2 + D)  # what is outside of layers is float32
+    assert sure.memory.reads == weights + 2 * 2 * prompts * heads * HEAD * (S - 1) * L
+    assert sure.memory.total < whole.memory.total
+    assert "at least" in text(sure) and "not compiled" in text(sure) and not sure.phases
+    with_slots = plan(dataclasses.replace(config, slots=8))
+    assert with_slots.memory.cache == sure.memory.cache / 4
+
+
 def test_flops_are_those_of_the_step(printed):
     found, _, _ = printed
     rows, prompts, tensor = B * G / 4, B / 4, 2
