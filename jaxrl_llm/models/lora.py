@@ -38,7 +38,8 @@ def lora(
     target's kernel. A new `B` is 0, so that the model is the base bit for bit. What `learner(policy=
     language_model(lora(model)), params=...)` trains, keeps an optimiser for, and copies for a reference is `A` and `B`.
     The base is `state.params["base"]`, once. It is a copy of what was given, which stays the caller's: give numpy
-    arrays, as `hf.load` does, to have it on the device once.
+    arrays, as `hf.load` does, to have it on the device once. What a recipe does to weights (an average with the
+    reference, a population) it does to `A` and `B`, which is not always the same.
 
     Args:
       model: made of Flax Linen modules (`transformer`).
@@ -182,9 +183,10 @@ def _quantized(kernels: Array, qtype: str, channels: tuple[int, ...], tiles: tup
 
 
 def _own(like: dict[Path, Any], params: PyTree) -> PyTree | None:
-    """
+    """The adapters among the parameters, or None.
+
     Raises:
-      ValueError: adapters of another rank or for other targets.
+      ValueError: they are of another rank or for other targets.
     """
     found = {path: x for path, x in flatten_dict(params).items() if _is_adapter(path)}
     wanted = {path: x for path, x in like.items() if _is_adapter(path)}
