@@ -138,8 +138,8 @@ any model, recipe, mesh and slice.
 LEAST_HEAD = """## What is certain to be needed
 
 From shapes and shardings alone (`--no-compile`, seconds; `python scripts/plan_table.py --least`), GiB of one chip:
-parameters and optimiser stay, and with them is either a gradient or what sampling holds: layers in bfloat16, embedding and
-output in float32, split by `tensor` alone. Activations come on top; only the compiler knows them.
+parameters and optimiser stay, and with them is either a gradient or what sampling holds: layers in bfloat16, embedding
+and output in float32, split by `tensor` alone. Activations come on top; only the compiler knows them.
 
 """
 NOTES = """

@@ -15,13 +15,8 @@ from jaxrl_llm.models.config import FULL, SLIDING, RopeScaling, TransformerConfi
 Settings = dict[str, Any]
 
 SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps"),
 )
 COMMON = {*SIZES, "head_dim", "tie_word_embeddings", "max_position_embeddings", "model_type"}
 COMMON |= {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
@@ -319,7 +314,9 @@ QWEN = ("use_sliding_window", "sliding_window")
 GEMMA = ("hidden_activation", "hidden_act", "sliding_window", "layer_types")
 GEMMA_SWITCHES = {"unit_offset_norm": True, "sandwich_norms": True, "scale_embeddings": True}
 # Gemma's files leave out what the first of the family has.
-GEMMA_DEFAULTS = {"query_pre_attn_scalar": 256, "head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+GEMMA_DEFAULTS = dict(
+    query_pre_attn_scalar=256, head_dim=256, tie_word_embeddings=True, rms_norm_eps=1e-6, sliding_window=4096
+)
 
 FAMILIES = {
     "llama": Family(
@@ -385,8 +382,7 @@ FAMILIES = {
         layers=_alternating,
         form=_gemma,
         defaults=GEMMA_DEFAULTS
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
-        | {"rope_theta": 10_000.0},
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rope_theta": 10_000.0},
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
@@ -396,7 +392,7 @@ FAMILIES = {
         layers=_alternating,
         form=_gemma,
         defaults=GEMMA_DEFAULTS
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 4096}
-        | {"rope_theta": 1_000_000.0, "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4},
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_theta": 1_000_000.0}
+        | {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
 }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrl_llm.models.attend import attend_keep, attend_written
 from jaxrl_llm.models.attention import Rule
 from jaxrl_llm.models.model import Cache, Model
 from jaxrl_llm.models.transformer import (
@@ -18,8 +19,6 @@ from jaxrl_llm.models.transformer import (
     TransformerConfig,
     Wrap,
     _angles,
-    _attend_keep,
-    _attend_written,
     _cast,
 )
 from jaxrl_llm.types import Context, PyTree
@@ -41,7 +40,7 @@ def scanned(config: TransformerConfig, model: Model, wrapped: Wrap) -> Model:
         if s == 0:
             return empty(m, 1, 0)
         positions = jnp.broadcast_to(jnp.arange(s), (m, s))
-        whole = wrapped(Transformer(c, _attend_keep))
+        whole = wrapped(Transformer(c, attend_keep))
         kept: Cache = whole.apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, LAYERS), kept)
 
@@ -88,7 +87,7 @@ def _attend_layer(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[
     of = functools.partial(jax.lax.dynamic_index_in_dim, index=i, axis=LAYERS, keepdims=False)
     rows, column = ck.shape[:2], at[-1]
     ck, cv = _written(ck, k.reshape(*rows, -1), i, column, -1), _written(cv, v.reshape(*rows, -1), i, column, -2)
-    return _attend_written(q, (*map(of, prefix), mask), (of(ck), of(cv)), at, rule), (ck, cv)
+    return attend_written(q, (*map(of, prefix), mask), (of(ck), of(cv)), at, rule), (ck, cv)
 
 
 def _written(cache: Array, new: Array, i: Array, column: Array, axis: int) -> Array:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from jaxrl_llm.models.attention import Rule, causal, one_token, rotary, rotate, shared_prefix, write
+from jaxrl_llm.models.attend import attend_cache, attend_group, attend_keep, attend_packed, attend_self, own_inputs
+from jaxrl_llm.models.attention import Rule, rotary, rotate
 from jaxrl_llm.models.config import RopeScaling, TransformerConfig
 from jaxrl_llm.models.experts import Experts, routed
 from jaxrl_llm.models.model import Cache, Model
@@ -163,7 +164,7 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
 
     def init(key: Array) -> PyTree:
         one = jnp.zeros((1, 1), jnp.int32)
-        return bind(_attend_self).init(key, one, one, one == 0, method="everything")["params"]
+        return bind(attend_self).init(key, one, one, one == 0, method="everything")["params"]
 
     def inner(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array, *, layer: int) -> Array:
         if not 0 <= layer < c.num_hidden_layers:
@@ -179,15 +180,15 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
             axis=1,
         )
         few = c.first_layers(layer + 1)
-        model = wrapped(Transformer(few, functools.partial(_attend_group, responses=r)))
+        model = wrapped(Transformer(few, functools.partial(attend_group, responses=r)))
         if few != c:
             params = {**params, "layers": jax.tree.map(lambda x: x[: layer + 1], params["layers"])}
-        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, _own(attended), offset))
+        x, _ = model.apply({"params": params}, tokens, positions, (prefix.mask, own_inputs(attended), offset))
         return jnp.asarray(x)[:, s:].reshape(m, r, t, -1)
 
     def hidden(params: PyTree, prefix: Context, offset: Array, inputs: Array, attended: Array) -> Array:
         x = inner(params, prefix, offset, inputs, attended, layer=c.num_hidden_layers - 1)
-        out: Any = bind(_attend_self).apply({"params": params}, x, method="final")
+        out: Any = bind(attend_self).apply({"params": params}, x, method="final")
         return jnp.asarray(out)
 
     def packed(
@@ -203,13 +204,13 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
             jnp.concatenate([far.reshape(shards, -1), packing.pack(own)], axis=1)
             for far, own in zip((prefix.tokens, places[0]), (inputs, places[1]), strict=True)
         )
-        seen = (prefix.mask, _own(attended), offset, packing)
-        x, _ = bind(_attend_packed).apply({"params": params}, tokens, positions, seen)
-        out: Any = bind(_attend_self).apply({"params": params}, x[:, m * s // shards :], method="final")
+        seen = (prefix.mask, own_inputs(attended), offset, packing)
+        x, _ = bind(attend_packed).apply({"params": params}, tokens, positions, seen)
+        out: Any = bind(attend_self).apply({"params": params}, x[:, m * s // shards :], method="final")
         return jnp.asarray(out)
 
     def logits(params: PyTree, hidden: Array) -> Array:
-        out: Any = bind(_attend_self).apply({"params": params}, hidden, method="unembed")
+        out: Any = bind(attend_self).apply({"params": params}, hidden, method="unembed")
         return jnp.asarray(out)
 
     def prefill(params: PyTree, prefix: Context) -> Cache:
@@ -219,7 +220,7 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
             nothing = jnp.zeros((m, heads, dim, 0), c.dtype), jnp.zeros((m, heads, 0, dim), c.dtype)
             return [nothing] * c.num_hidden_layers
         positions = jnp.broadcast_to(jnp.arange(s), (m, s))
-        kept = bind(_attend_keep).apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
+        kept = bind(attend_keep).apply({"params": params}, prefix.tokens, positions, prefix.mask)[1]
         return [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(c.num_hidden_layers)]
 
     def decoder(params: PyTree) -> PyTree:
@@ -246,11 +247,11 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         column: Array | None = None,
     ) -> tuple[Array, Cache]:
         outer = {"params": {k: v for k, v in params.items() if k != "layers"}}
-        whole = bind(_attend_self)
+        whole = bind(attend_self)
         x: Any = whole.apply(outer, inputs, method="embedding")
         position = offset[:, None] + jnp.broadcast_to(t, inputs.shape)
         angles = _angles(c, position)
-        block = wrapped(Block(c, _attend_cache))
+        block = wrapped(Block(c, attend_cache))
         new: list[Any] = []
         for i, layer in enumerate(params["layers"]):
             seen = (*prefix[i], mask, *cache[i], offset, t, t if column is None else column)
@@ -311,92 +312,3 @@ def _of_layer(c: TransformerConfig, angles: Any, local: bool | Array | None) -> 
         turned = full if near is full else jax.tree.map(functools.partial(jnp.where, local), near, full)
         return turned, rule._replace(local=local)
     return (near, rule) if local else (full, rule._replace(window=None))
-
-
-def _attend_self(q: Array, k: Array, v: Array, seen: Array, rule: Rule) -> tuple[Array, None]:
-    return causal(q, k, v, seen, rule), None
-
-
-def _attend_keep(q: Array, k: Array, v: Array, seen: Array, rule: Rule) -> tuple[Array, tuple[Array, Array]]:
-    return causal(q, k, v, seen, rule), (jnp.moveaxis(k, -3, -1), jnp.swapaxes(v, -3, -2))
-
-
-def _attend_group(
-    q: Array, k: Array, v: Array, seen: tuple[Array, Array, Array], rule: Rule, *, responses: int
-) -> tuple[Array, None]:
-    """Prefix tokens attend to themselves, each response to the prefix and itself; `[M, S + R * T, ...]`."""
-    m, s = seen[0].shape
-    (pq, rq), (pk, rk), (pv, rv) = ((x[:, :s], x[:, s:].reshape(m, responses, -1, *x.shape[2:])) for x in (q, k, v))
-    out = _to_prefix_and_self(rq, (pk, pv), (rk, rv), seen, rule)
-    return jnp.concatenate([causal(pq, pk, pv, seen[0], rule), out.reshape(m, -1, *q.shape[2:])], axis=1), None
-
-
-def _attend_packed(
-    q: Array, k: Array, v: Array, seen: tuple[Array, Array, Array, Packing], rule: Rule
-) -> tuple[Array, None]:
-    """As `_attend_group`, where each shard's prefixes are followed by the packed tokens of its responses."""
-    *where, packing = seen
-    m, s = where[0].shape
-    far = m * s // q.shape[0]
-    (pq, rq), (pk, rk), (pv, rv) = (
-        (x[:, :far].reshape(m, s, *x.shape[2:]), packing.unpack(x[:, far:])) for x in (q, k, v)
-    )
-    out = packing.pack(_to_prefix_and_self(rq, (pk, pv), (rk, rv), (where[0], where[1], where[2]), rule))
-    prefix = causal(pq, pk, pv, where[0], rule).reshape(q.shape[0], far, *q.shape[2:])
-    return jnp.concatenate([prefix, out], axis=1), None
-
-
-def _to_prefix_and_self(
-    q: Array,
-    prefix: tuple[Array, Array],
-    own: tuple[Array, Array],
-    seen: tuple[Array, Array, Array],
-    rule: Rule,
-) -> Array:
-    """`shared_prefix` under a rule; `seen`: the prefixes' mask `[M S]`, the responses' own, and their offset `[M]`."""
-    far, near, offset = seen
-    s, t = far.shape[-1], jnp.arange(q.shape[2])
-    if rule.limits(s + t.size):
-        # Prefix key s stands at s, response key t at offset + t.
-        far = far[:, None] & rule.near((offset[:, None] + t)[..., None] - jnp.arange(s))
-        near &= rule.near(t[:, None] - t)
-    return shared_prefix(q, (*prefix, far), (*own, near), rule)
-
-
-def _own(attended: Array) -> Array:
-    """`[M R T T]` bool: which inputs of its own row `[M R T]` an input sees.
-
-    Input t carries token t - 1: it exists if that token does, and the context's last token always does.
-    """
-    t = attended.shape[-1]
-    exists = jnp.concatenate([jnp.ones((*attended.shape[:-1], 1), bool), attended[..., :-1]], axis=-1)
-    return jnp.tril(jnp.ones((t, t), bool)) & exists[..., None, :]
-
-
-def _attend_cache(q: Array, k: Array, v: Array, seen: Any, rule: Rule) -> tuple[Array, tuple[Array, Array]]:
-    """One new token per response, `[M R H d]`: writes its key and value and attends to the `t` before it and itself."""
-    pk, pv, pmask, ck, cv, offset, t, column = seen
-    place, lead = jnp.arange(ck.shape[-1]), ck.shape[:-2]
-    new_k, new_v = k.reshape(*lead, -1), v.reshape(*lead, -1)
-    if column.ndim:
-        here = jnp.broadcast_to((place == column[..., None])[:, :, None], (*k.shape[:-1], place.size))
-        here = here.reshape(*lead, place.size)
-        ck = jnp.where(here[..., None, :], new_k[..., None], ck)
-        cv = jnp.where(here[..., None], new_v[..., None, :], cv)
-    else:
-        ck, cv = write(ck, new_k, column, -1), write(cv, new_v, column, -2)
-    return _attend_written(q, (pk, pv, pmask), (ck, cv), (offset, t, column), rule), (ck, cv)
-
-
-def _attend_written(q: Array, prefix: Any, cache: tuple[Array, Array], at: Any, rule: Rule) -> Array:
-    """Attention of a token that stands in the cache already."""
-    (pk, pv, pmask), (ck, cv), (offset, t, column) = prefix, cache, at
-    place = jnp.arange(ck.shape[-1])
-    age = column[..., None] - place
-    age = jnp.where(age < 0, age + place.size, age)  # a remainder, without a division per element
-    own = age <= t[..., None]
-    if rule.limits(pk.shape[-1] + place.size):
-        position = jnp.broadcast_to(offset[:, None] + t, q.shape[:2])
-        pmask = pmask[:, None] & rule.near(position[..., None] - jnp.arange(pk.shape[-1]))
-        own &= rule.near(age)
-    return one_token(q, (pk, pv, pmask), (ck, cv, own), rule)
