@@ -32,9 +32,8 @@ def say(**values):
     print(json.dumps({"process": jax.process_index(), **values}), flush=True)
 
 
-def host_task():
+def host_task(folder):
     """Rows of a file, and a verifier on the host that remembers how many rows it was asked about."""
-    folder = Path(sys.argv[2])
     file = folder / f"rows{os.environ.get('JAX_PROCESS_ID', '')}.jsonl"
     rows = [{"prompt": f"{i}", "answer": str(i)} for i in range(40)]
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -74,9 +73,9 @@ def parts_of(task, mesh, **options):
     )
 
 
-def steps(mesh, verify, count=2):
+def steps(mesh, verify, folder, count=2):
     """Losses of a few steps on rows of a file, and who read and verified what."""
-    task, asked, read = host_task()
+    task, asked, read = host_task(folder)
     parts = parts_of(task, mesh, verify=verify)
     prompts = distributed.batches(mesh, task, 0, PROMPTS)
     state, metrics = run(parts, None, count, state=parts.init(jax.random.key(0)), prompts=prompts)
@@ -92,7 +91,7 @@ def main() -> None:
     mesh = mesh_of(len(jax.devices()))
     distributed.meet(mesh)
     say(what="met", devices=len(jax.devices()), local=len(jax.local_devices()))
-    parts, state, prompts = steps(mesh, "inside")
+    parts, state, prompts = steps(mesh, "inside", folder)
     if "save" in what:
         checkpoint.save(folder / "state", state)
         whole = distributed.on_host(state.params)
@@ -108,7 +107,7 @@ def main() -> None:
             same = [np.array_equal(x, saved[str(i)]) for i, x in enumerate(jax.tree.leaves(found))]
             say(what="loaded", same=all(same), step=int(read.step))
     if "between" in what:
-        steps(mesh, "between")
+        steps(mesh, "between", folder)
     if "kill" in what:
         if jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)

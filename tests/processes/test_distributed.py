@@ -82,11 +82,10 @@ def four(two, folder, fast_flags):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The same steps in this process, on one device."""
-    sys.argv = ["process.py", "", str(folder)]
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "say", lambda **values: said.append(values))
-        process.steps(sharding.data_mesh(1), "inside")
+        process.steps(sharding.data_mesh(1), "inside", folder)
     return said[0]
 
 
@@ -121,7 +120,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_four_on_another_mesh(four):
 
 def test_a_checkpoint_of_two_processes_is_read_by_one_on_another_mesh(alone, two, folder):
     mesh = sharding.mesh(data=2, fsdp=2, tensor=2)
-    parts = process.parts_of(process.host_task()[0], mesh)
+    parts = process.parts_of(process.host_task(folder)[0], mesh)
     like = sharding.shaped(mesh, jax.eval_shape(parts.init, jax.random.key(0)))
     state = checkpoint.load(folder / "state", like)
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
@@ -146,7 +145,6 @@ def test_the_death_of_a_process_ends_the_others_with_a_message(four):
         ({"JAX_NUM_PROCESSES": "2"}, "need all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
         (dict(zip(distributed.VARIABLES, ("h:1", "two", "0"), strict=True)), "the last two numbers"),
         (dict(zip(distributed.VARIABLES, ("h:1", "2", "2"), strict=True)), "must be below JAX_NUM_PROCESSES=2"),
-        ({}, "no other processes were found"),
     ],
 )
 def test_an_environment_that_does_not_say_where_the_others_are(monkeypatch, variables, message):
@@ -155,4 +153,17 @@ def test_an_environment_that_does_not_say_where_the_others_are(monkeypatch, vari
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
+        distributed.start()
+
+
+def test_no_others_at_all(monkeypatch):
+    """JAX says that it knows no coordinator (it would refuse earlier here, where devices are in use already)."""
+
+    def alone(**options):
+        raise ValueError("coordinator_address should be defined.")
+
+    for name in distributed.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", alone)
+    with pytest.raises(ValueError, match=r"coordinator_address should be defined.*set JAX_COORDINATOR_ADDRESS"):
         distributed.start()
