@@ -196,7 +196,7 @@ class Bench:
 
 def done(process: subprocess.Popen[str], status: int = 0) -> str:
     """All it said; its exit status must be the one given."""
-    out, error = process.communicate(timeout=600)
+    out, error = process.communicate(timeout=3600)
     if process.returncode != status:
         raise AssertionError(f"exit status {process.returncode}, not {status}: {out[-1500:]}{error[-3000:]}")
     return out + error
