@@ -102,7 +102,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = header[2]
             found[name] = []
             entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata goes over several lines, and may begin with one, too
             name = ""
         elif name:
             found[name].append(line)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[a-z]\S*) ([a-z][a-z0-9\-]*)\((.*)$")
+_BEGINS = re.compile(r"^\s+(ROOT )?%?[\w.\-]+ = ")
 _NUMBER = re.compile(r"/\*index=\d+\*/")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
@@ -79,12 +80,12 @@ def parse(hlo_text: str, unbounded: int = 1) -> Program:
     """
     computations: dict[str, Computation] = {}
     entry = name = ""
-    for line in hlo_text.splitlines():
+    for line in _whole_lines(hlo_text):
         if header := _HEADER.match(line):
             name = header[2]
             computations[name] = {}
             entry = name if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             name = ""
         elif name and (found := _LINE.match(line)):
             inside, rest = _closed(_NUMBER.sub("", found[5]))
@@ -232,6 +233,19 @@ def _called(x: Instruction, trips: dict[str, int]) -> Iterator[tuple[str, int]]:
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, those of an instruction that goes over several (a kernel's metadata) as one."""
+    held = ""
+    for line in text.splitlines():
+        if not line.strip() or line.rstrip() == "}" or _HEADER.match(line) or _BEGINS.match(line):
+            if held:
+                yield held
+            held = line
+        else:
+            held += line
+    yield held
 
 
 def _closed(text: str) -> tuple[str, str]:

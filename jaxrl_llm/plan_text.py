@@ -220,4 +220,9 @@ def _bytes(size: float) -> str:
 
 
 def _s(x: float | None) -> str:
-    return "-" if x is None else f"{x:.3g} s" if x >= 1 else f"{1e3 * x:.3g} ms"
+    if x is None:
+        return "-"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if x >= scale:
+            return f"{x / scale:.3g} {unit}"
+    return "0 s" if x < 5e-9 else f"{x / 1e-6:.2f} us"

@@ -145,3 +145,26 @@ def test_a_loop_without_a_bound_counts_as_often_as_it_is_said_to():
     assert (once.trips, once.known) == (1, False)
     assert sum(cost.flops for cost in costs(parse(text, unbounded=7))) == 7 * 2 * N**3
     assert '"known_trip_count":{"n":"7"}' in with_trips(text, unbounded=7)
+
+
+KERNEL = """HloModule m
+
+ENTRY %main (a: bf16[4,8,256,64], b: bf16[4,2,512,64]) -> bf16[4,8,256,64] {
+  %a = bf16[4,8,256,64]{3,2,1,0} parameter(0)
+  %b = bf16[4,2,512,64]{3,2,1,0} parameter(1)
+  %splash_mha_NAME.1 = bf16[4,8,256,64]{3,2,1,0} custom-call(%a, %b, %b), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/jvp(scoring)/splash"}
+  ROOT %negate.1 = bf16[4,8,256,64]{3,2,1,0} negate(%splash_mha_NAME.1)
+}
+"""  # noqa: E501, as the compiler writes it
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_a_kernel_may_go_over_several_lines(name, products):
+    text = KERNEL.replace("NAME", name)
+    kernel, last = costs(parse(text))
+    assert kernel.flops == products * 2 * 4 * 8 * 256 * 512 * 64
+    assert kernel.source == "jit(step)/jvp(scoring)/splash"
+    assert last.op == "negate"
+    assert hlo.each_collective(text) == []
