@@ -307,7 +307,7 @@ def main() -> None:
         [
             "# Agreement with transformers",
             "",
-            f"`python scripts/parity.py --seeds {args.seeds}{' --no-sampler' * args.no_sampler}` "
+            f"`python scripts/parity.py --seeds {args.seeds}{' --no-sampler' * args.no_sampler}`",
             f"({versions}, CPU, float32):",
             f"{args.seeds} random model(s) of odd sizes for each family, written by transformers and read from the",
             "folder. Largest differences: of logits as a share of the largest logit, scored in a batch with shared,",
