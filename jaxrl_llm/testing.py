@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -48,10 +49,11 @@ class Evaluated(NamedTuple):
 
 def toy_prompts(rows: int, *, length: int = 2) -> Prompts:
     """`rows` prompts of `length` tokens, all different, with `target` their index."""
-    index = jnp.arange(rows, dtype=jnp.int32)
-    tokens = index[:, None] * length + jnp.arange(length, dtype=jnp.int32)
-    context = Context(tokens=tokens, mask=jnp.ones(tokens.shape, bool))
-    return Prompts(context=context, index=index, target=index)
+    # Made by numpy, here and below: outside of a program each operation of JAX on a new shape is compiled.
+    index = np.arange(rows, dtype=np.int32)
+    tokens = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+    context = Context(tokens=jnp.asarray(tokens), mask=jnp.asarray(np.ones(tokens.shape, bool)))
+    return Prompts(context=context, index=jnp.asarray(index), target=jnp.asarray(index))
 
 
 def toy_batch(
@@ -89,9 +91,9 @@ def toy_batch(
     """
     logp = jnp.asarray(logp)
     shape = logp.shape
-    mask = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask, bool)
+    mask = jnp.asarray(np.ones(shape) if mask is None else mask, bool)
     prompts = toy_prompts(shape[0])
-    token_ids = jnp.arange(logp.size, dtype=jnp.int32).reshape(shape) if tokens is None else jnp.asarray(tokens)
+    token_ids = jnp.asarray(np.arange(logp.size, dtype=np.int32).reshape(shape) if tokens is None else tokens)
     rollouts = Rollouts(
         prompts=prompts,
         context=jax.tree.map(lambda x: x[:, None], prompts.context),
@@ -99,16 +101,16 @@ def toy_batch(
         mask=mask,
         role=jnp.where(mask, POLICY, PADDING).astype(jnp.int8) if role is None else jnp.asarray(role, jnp.int8),
         logp=logp,
-        entropy=jnp.zeros(shape, logp.dtype),
-        version=jnp.zeros(shape, jnp.int32),
-        truncated=jnp.zeros(shape[:2], bool) if truncated is None else jnp.asarray(truncated, bool),
-        sampling=Sampling(temperature=jnp.ones(shape[:2])),
+        entropy=jnp.asarray(np.zeros(shape, logp.dtype)),
+        version=jnp.asarray(np.zeros(shape, np.int32)),
+        truncated=jnp.asarray(np.zeros(shape[:2]) if truncated is None else truncated, bool),
+        sampling=Sampling(temperature=jnp.asarray(np.ones(shape[:2], np.float32))),
     )
-    outcome = jnp.zeros(shape[:2], logp.dtype) if outcome is None else jnp.asarray(outcome, logp.dtype)
+    outcome = jnp.asarray(np.zeros(shape[:2]) if outcome is None else outcome, logp.dtype)
     rewards = outcome if reward is None else jnp.asarray(reward, logp.dtype)
     return Batch(
         rollouts=rollouts,
-        step=jnp.zeros((), jnp.int32),
+        step=jnp.asarray(np.zeros((), np.int32)),
         outcome=outcome,
         old=None if old is None else Scores(logp=jnp.asarray(old)),
         reference=None if reference is None else Scores(logp=jnp.asarray(reference)),
@@ -157,27 +159,29 @@ def random_batch(
       fill: what stands in masked slots of per-token arrays and in the outcome of rows that do not count.
       measures: of a recipe: in the extras of the current, old and reference policy, found from random logits.
     """
-    shape = (prompts, size, length)
+    exists, keep, outcome, arrays = _random(key, (prompts, size, length), fill)
+    behaviour, near, old, reference, value, new_value, entropy = arrays
+    batch = toy_batch(
+        logp=behaviour, mask=exists, keep=keep, outcome=outcome, old=old, reference=reference, value=value
+    )
+    scores = Scores(logp=near, entropy=entropy, value=new_value)
+    return (scores, batch) if not measures else _measured(jax.random.fold_in(key, 9), scores, batch, measures, fill)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _random(key: Array, shape: tuple[int, int, int], fill: float) -> tuple[Array, Array, Array, list[Array]]:
+    prompts, _, length = shape
     keys = jax.random.split(key, 9)
     lengths = jax.random.randint(keys[0], shape[:2], 1, length + 1).at[0, 2].set(0)
     exists = jnp.arange(length) < lengths[..., None]
     keep = (lengths > 0).at[1, 2].set(False)
     counts = exists & keep[..., None]
     draw = [jnp.where(counts, jax.random.normal(k, shape), fill) for k in keys[1:8]]
-    logp, near, old, reference, value, new_value, entropy = draw
+    logp, near, old, reference, *others = draw
     behaviour = jnp.where(counts, -jnp.abs(logp), fill)
+    policies = [behaviour + scale * x for scale, x in ((0.3, near), (0.1, old), (0.3, reference))]
     outcome = jnp.zeros(shape[:2]).at[:, 0].set(1.0).at[:, -1].set(jax.random.bernoulli(keys[8], 0.5, (prompts,)))
-    batch = toy_batch(
-        logp=behaviour,
-        mask=exists,
-        keep=keep,
-        outcome=jnp.where(keep, outcome, fill),
-        old=behaviour + 0.1 * old,
-        reference=behaviour + 0.3 * reference,
-        value=value,
-    )
-    scores = Scores(logp=behaviour + 0.3 * near, entropy=entropy, value=new_value)
-    return (scores, batch) if not measures else _measured(jax.random.fold_in(key, 9), scores, batch, measures, fill)
+    return exists, keep, jnp.where(keep, outcome, fill), [behaviour, *policies, *others]
 
 
 def _measured(
