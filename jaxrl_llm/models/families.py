@@ -283,10 +283,6 @@ def _gated(config: TransformerConfig) -> Settings:
     return {"hidden_act": config.hidden_act}
 
 
-def _mistral(config: TransformerConfig) -> Settings:
-    return {**_gated(config), "sliding_window": config.sliding_window}
-
-
 def _qwen(config: TransformerConfig) -> Settings:
     window = config.sliding_window
     layers = {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": _types(config)}
@@ -334,7 +330,7 @@ FAMILIES = {
         fields=("hidden_act",),
         keys=("sliding_window",),
         layers=_one_window,
-        form=_mistral,
+        form=lambda config: {**_gated(config), "sliding_window": config.sliding_window},
         defaults=PLAIN | {"sliding_window": 4096},
     ),
     "qwen2": Family(
