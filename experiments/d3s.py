@@ -1,7 +1,7 @@
 """D3S, 2509.22115: fewer rows and tokens in the update.
 
 Command: python experiments/d3s.py
-Time: not measured yet.
+Time: about 3 minutes of one core.
 Claim: rows of high variance and tokens of high advantage and entropy give the accuracy of all, from fewer tokens.
 Reported: Qwen2.5-Math-7B, pass@1 / pass@8 averages of 29.8 / 53.1 with GRPO; better with under 20 % of the tokens.
 """

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from pages import RESULTS, curves, field, grid, spread, write, write_verdicts
+from pages import RESULTS, bootstrap, curves, field, grid, spread, worst, write, write_verdicts
 
 from jaxrl_llm import tasks
 from jaxrl_llm.advantages.basic import uniform
@@ -104,6 +106,7 @@ class Comparison:
     sign: +1 if the paper claims more, -1 if less.
     margin: the effect must be beyond it; with the other sign it says "not worse by more than".
     main: whether the study's verdict depends on it.
+    of: the method it is about, if the study has several.
     """
 
     text: str
@@ -114,6 +117,7 @@ class Comparison:
     margin: float = 0.0
     sign: int = 1
     main: bool = True
+    of: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,36 +153,42 @@ class Study:
 def main(doc: str, file: str, study: Study, arguments: list[str] | None = None) -> dict[str, Any]:
     """Runs a study from the command line and writes its results."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two seeds, two steps: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="two seeds and steps of two arms: does it run?")
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="folder; if not given, the committed results, or none with --smoke")
     args = parser.parse_args(arguments)
-    name = Path(file).stem
     if args.smoke:
-        study = dataclasses.replace(
-            study,
-            steps=2,
-            warm=2,
-            watch=min(study.watch, 1),
-            rates=study.rates[:1],
-            arms={key: dataclasses.replace(arm, steps=arm.steps and 2) for key, arm in study.arms.items()},
-        )
+        study, args.seeds = in_short(study), 2
     start = time.process_time()
-    found = compare(study, seeds=2 if args.smoke else args.seeds)
+    found = compare(study, seeds=args.seeds)
     result = {
-        "experiment": name,
+        "experiment": Path(file).stem,
         **{key: field(doc, key) for key in ("Claim", "Reported")},
         "methods": list(study.methods),
-        "seeds": 2 if args.smoke else args.seeds,
+        "seeds": args.seeds,
         "cpu_minutes": round((time.process_time() - start) / 60, 1),
         **summary(study, found),
     }
     page = table(study, result)
-    write(args.out, result, page, functools.partial(picture, study=study, found=found), (6.4, 4))
-    if args.out == RESULTS:
+    if args.out or not args.smoke:
+        draw = functools.partial(picture, study=study, found=found)
+        write(args.out or RESULTS, result, page, draw, (6.4, 4))
+    if not (args.out or args.smoke):
         write_verdicts()
     print(page)
     return result
+
+
+def in_short(study: Study) -> Study:
+    """Two steps of the first two arms, compiled as fast as XLA can."""
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if version("jaxlib").startswith("0.10."):  # others may not know it, and XLA ends the process then
+        fast += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", fast)
+    arms = {name: dataclasses.replace(arm, steps=2, others=()) for name, arm in list(study.arms.items())[:2]}
+    compared = (Comparison(text="does it run?", arm=list(arms)[-1], base=next(iter(arms))),)
+    few = {"steps": 2, "warm": 2, "watch": min(study.watch, 1), "rates": study.rates[:1], "draw": None}
+    return dataclasses.replace(study, arms=arms, comparisons=compared, **few)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -326,23 +336,11 @@ def column(outcome: Outcome, name: str) -> np.ndarray:
     return np.asarray(outcome.values[name] if name in outcome.values else outcome.late(name), float)
 
 
-def bootstrap(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean of `[seeds]` paired differences, and its 95 % percentile interval."""
-    random = np.random.default_rng(0)
-    means = random.choice(difference, (draws, len(difference))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
-
-
 def summary(study: Study, found: Mapping[str, Outcome]) -> dict[str, Any]:
     """Arms, comparisons and verdict, as they go into the file."""
     compared = [judged(c, found) for c in study.comparisons]
-    verdicts = [row["verdict"] for row, c in zip(compared, study.comparisons, strict=True) if c.main]
-    for verdict in ("opposite", "not at this scale", "reproduced"):
-        if verdict in verdicts:
-            break
     return {
-        "verdict": verdict,
+        "verdict": worst(compared),
         "arms": {
             name: {
                 "rate": outcome.rate,
@@ -361,7 +359,8 @@ def judged(c: Comparison, found: Mapping[str, Outcome]) -> dict[str, Any]:
     effect, low, high = bootstrap(np.asarray(difference, float))
     ahead, behind = sorted((c.sign * (low - c.margin), c.sign * (high - c.margin)))
     verdict = "reproduced" if ahead > 0 else "opposite" if behind < 0 else "not at this scale"
-    return {"text": c.text, "effect": effect, "low": low, "high": high, "verdict": verdict}
+    about = {"main": c.main, "of": c.of}
+    return {"text": c.text, "effect": effect, "low": low, "high": high, "verdict": verdict, **about}
 
 
 def table(study: Study, result: Mapping[str, Any]) -> str:

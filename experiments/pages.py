@@ -31,6 +31,14 @@ def spread(x: np.ndarray) -> str:
     return f"{np.mean(x):.3f} ± {np.std(x, ddof=1) if len(x) > 1 else 0:.3f}"
 
 
+def bootstrap(difference: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean of `[seeds]` paired differences, and its 95 % percentile interval."""
+    random = np.random.default_rng(0)
+    means = random.choice(difference, (draws, len(difference))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
 def grid(header: list[str], rows: list[list[str]]) -> list[str]:
     """A table, in lines of Markdown."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
@@ -68,10 +76,22 @@ def write(
     plt.close(figure)
 
 
+def worst(compared: list[dict[str, Any]], of: str = "") -> str:
+    """The verdict of a study's main comparisons, or of those about one of its methods."""
+    main = [c for c in compared if c["main"]]
+    mine = [c for c in main if c["of"] == of] if of else []
+    return min((c["verdict"] for c in mine or main), key=("opposite", "not at this scale", "reproduced").index)
+
+
 def write_verdicts() -> None:
     """What the catalogue says of each method: gathered from all results."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    found = {m: {"experiment": r["experiment"], "verdict": r["verdict"]} for r in results for m in r["methods"]}
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        for method in result["methods"]:
+            compared = result.get("comparisons")
+            verdict = worst(compared, method) if compared else result["verdict"]
+            found[method] = {"experiment": result["experiment"], "verdict": verdict}
     found = {m: verdict for m, verdict in found.items() if m in algorithms.names()}  # options of the engine are none
     VERDICTS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
 

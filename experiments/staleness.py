@@ -1,7 +1,7 @@
 """MinPRO, GSPO, BAPO and REC where rollouts are 1 to 16 updates old.
 
 Command: python experiments/staleness.py
-Time: not measured yet.
+Time: about 11 minutes of one core.
 Claim: GRPO loses accuracy as rollouts grow stale; prefix ratios (2601.22718), sequence ratios (2507.18071), adaptive
 bounds (2510.18927) and one-sided clipping without ratios (2509.24203) stay stable.
 Reported: with delayed rollouts GRPO and others degrade or collapse, MinPRO stays stable; BAPO keeps entropy; at a
@@ -51,7 +51,7 @@ STUDY = Study(
     arms={f"{name} {age}": arm(recipe, age) for name, recipe in METHODS.items() for age in AGES},
     comparisons=(
         *(
-            Comparison(text=f"{name} against grpo, 16 updates old", arm=f"{name} 16", base="grpo 16", value="avg@16")
+            Comparison(text=f"{name} against grpo, 16 updates old", arm=f"{name} 16", base="grpo 16", of=name)
             for name in METHODS
             if name != "grpo"
         ),

