@@ -1,7 +1,7 @@
 """APRIL, 2509.18521: rollouts that do not wait for the longest response.
 
 Command: python experiments/april.py
-Time: not measured yet.
+Time: about 19 minutes of one core.
 Claim: on responses with a long tail, continuing what is unfinished in the next step raises throughput at no loss.
 Reported: throughput +22.5 % on average (at most 44 %), accuracy +2.1 % on average.
 """

@@ -88,7 +88,8 @@ def loss_gradients(policy, letters, step_rollouts):
             for name, aggregation in AGGREGATIONS.items():
                 loss = dataclasses.replace(LOSS, aggregate=aggregation)
                 shared = dataclasses.replace(batch, share=aggregation(batch.mask))
-                (value, _), gradient = value_and_grad(partial(objective, loss), params, shared, accumulate)
+                both = jax.value_and_grad(partial(objective, loss), has_aux=True)
+                (value, _), gradient = value_and_grad(both, params, shared, accumulate)
                 out[name] = value, gradient
             return out
 
@@ -156,6 +157,7 @@ def test_a_loss_that_divides_by_its_own_part_would_be_seen(policy, step_rollouts
         shared = dataclasses.replace(part, share=aggregate.token_mean(part.mask))
         return LOSS(policy.score(params, part.rollouts, fields=frozenset({"logp"})), shared)
 
-    (one, _), _ = jax.jit(lambda *x: value_and_grad(wrong, *x, 1))(params, batch)
-    (two, _), _ = jax.jit(lambda *x: value_and_grad(wrong, *x, 2))(params, batch)
+    both = jax.value_and_grad(wrong, has_aux=True)
+    (one, _), _ = jax.jit(lambda *x: value_and_grad(both, *x, 1))(params, batch)
+    (two, _), _ = jax.jit(lambda *x: value_and_grad(both, *x, 2))(params, batch)
     assert abs(float(one) - float(two)) > 1e-3
