@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import shutil
 import threading
@@ -195,7 +196,7 @@ class Checkpoints:
             policies = ocp.training.preservation_policies
             kept = [policies.LatestN(self._keep)]
             if self._best:
-                score: Callable[[Any], float] = lambda metrics: metrics["score"]  # noqa: E731
+                score = operator.itemgetter("score")
                 kept.append(policies.BestN(get_metric_fn=score, n=self._best, keep_checkpoints_without_metrics=False))
             self._series = ocp.training.Checkpointer(
                 self.folder, preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True

@@ -328,7 +328,8 @@ def learner(
 
     def step_in_two(state: TrainState, prompts: Prompts | None = None) -> tuple[TrainState, Metrics]:
         state, rollouts = first_alone(state, prompts)
-        return second_alone(state, rollouts, ask(rollouts, inside=False))  # type: ignore[no-any-return]
+        found: tuple[TrainState, Metrics] = second_alone(state, rollouts, ask(rollouts, inside=False))
+        return found
 
     def start(key: Array) -> TrainState:
         made = functools.partial(init, needs=needs)

@@ -115,7 +115,10 @@ def _start(
     saved = checkpoints.restore(like if mesh is None else sharding.shaped(mesh, like)) if job.resumed else None
     if saved is None:
         _log(job, "started", steps=job.config.steps)
-        return jax.jit(parts.init)(key) if mesh is None else sharding.place_state(mesh, parts.init(key)), Record()
+        if mesh is not None:
+            return sharding.place_state(mesh, parts.init(key)), Record()
+        # Weights that were read would be constants of the program.
+        return (jax.jit(parts.init) if job.params is None else parts.init)(key), Record()
     checkpoints.forget(after=saved.step)  # damaged ones
     display.say(f"going on from step {saved.step}")
     _log(job, "resumed", step=saved.step, steps=job.config.steps)

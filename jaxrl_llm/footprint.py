@@ -149,7 +149,8 @@ def _timed(found: list[Cost], where: Topology) -> Phase:
 
 
 def _sum(a: Phase, b: Phase) -> Phase:
-    return Phase(*(None if x is None or y is None else x + y for x, y in zip(a, b, strict=True)))  # type: ignore[arg-type]
+    both: Any = (None if x is None or y is None else x + y for x, y in zip(a, b, strict=True))
+    return Phase(*both)
 
 
 def exchanges(found: list[Collective], where: Topology) -> list[Exchange]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ from jaxrl_llm.models import hf
 from jaxrl_llm.models.heads import critic as critic_of
 from jaxrl_llm.models.lora import lora
 from jaxrl_llm.models.model import Model
+from jaxrl_llm.models.pretrained import tokenizer_of
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
 from jaxrl_llm.tasks.isolated import Isolated
@@ -163,7 +163,7 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
         model, params, tokenizer = _small(len(task.tokenizer)), None, task.tokenizer
     else:
         model, params = hf.load(config.policy, sharding=None if mesh is None else sharding.of_weights(mesh))
-        tokenizer = _tokenizer(config.policy)
+        tokenizer = tokenizer_of(config.policy)
         task = _task(config, tokenizer)
         if model.vocab_size < len(tokenizer):
             known = f"the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}"
@@ -355,21 +355,6 @@ def _task(config: TrainConfig, tokenizer: Any) -> Task:
     if task.verify is not None:
         raise ValueError(f"--verifier-timeout: the verifier of task {task.name} is part of the step and cannot hang")
     return dataclasses.replace(task, grade=Isolated(task.grade, config.verifier_timeout))
-
-
-def _tokenizer(folder: Path) -> Any:
-    """What `tokenizer.json` says, to the letter, unless the folder names a family's own class.
-
-    For some model types AutoTokenizer puts its own rules in the place of those in the file.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        named = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-    except FileNotFoundError:
-        named = None
-    plain = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(str(folder), local_files_only=True)
 
 
 def _small(vocab: int) -> TransformerConfig:

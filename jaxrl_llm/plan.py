@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
-import json
 import math
 import os
 import time
@@ -32,7 +31,7 @@ from jaxrl_llm.engine import learner
 from jaxrl_llm.footprint import Exchange, Memory, Phase, exchanges, on_one, phases, refused, state_memory, used
 from jaxrl_llm.hlo_cost import carried, costs
 from jaxrl_llm.hlo_program import loops, parse, with_trips
-from jaxrl_llm.models import families, hf, sizes
+from jaxrl_llm.models import hf, sizes
 from jaxrl_llm.models.heads import critic as critic_of
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import Policy, language_model
@@ -170,11 +169,10 @@ def least(config: PlanConfig, model: TransformerConfig, mesh: Mesh, where: Topol
 
     def weight(path: Any, x: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, sharding.spec({**mesh.shape, "fsdp": 1}, f"decoder/{name}", x.shape))
+        return NamedSharding(mesh, sharding.decoder_spec(mesh.shape, name, x.shape))
 
     def cached(x: Any) -> NamedSharding:
-        axes = (sharding.ROWS, "tensor") if x.ndim > 3 else (sharding.ROWS,)
-        return NamedSharding(mesh, sharding.fitted(mesh.shape, axes, x.shape))
+        return NamedSharding(mesh, sharding.fitted(mesh.shape, sharding.cache_axes(x), x.shape))
 
     contexts, rows = config.prompts_per_step, group
     if config.slots and config.slots < contexts * rows:
@@ -201,7 +199,7 @@ def model_of(config: PlanConfig) -> TransformerConfig:
     if config.model.lower() in sizes.MODELS:
         found = sizes.config(config.model, dtype=dtype)
     elif path.suffix == ".json":
-        found = families.read_settings(_settings(path), str(path), dtype=dtype)
+        found = hf.config(path, dtype=dtype)
     elif path.exists() or len(path.parts) > 1:
         found = hf.read_config(path, dtype=dtype)
     else:
@@ -211,13 +209,6 @@ def model_of(config: PlanConfig) -> TransformerConfig:
     remat = None if config.remat == "none" else config.remat
     found = dataclasses.replace(found, remat=remat, scan_decode=config.scan_decode, attention=config.attention)
     return found if config.layers is None else found.first_layers(config.layers)
-
-
-def _settings(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
@@ -308,9 +299,9 @@ def _task(config: PlanConfig, vocab: int) -> Task:
 
 def _prompts(config: PlanConfig, n: int) -> Prompts:
     shape = n, config.prompt_length
-    context = Context(tokens=np.zeros(shape, np.int32), mask=np.ones(shape, bool))  # type: ignore[arg-type]
-    zero: Any = np.zeros(n, np.int32)
-    return Prompts(context=context, index=zero, target=zero)
+    arrays: Any = np.zeros(shape, np.int32), np.ones(shape, bool), np.zeros(n, np.int32)
+    tokens, mask, zero = arrays
+    return Prompts(context=Context(tokens=tokens, mask=mask), index=zero, target=zero)
 
 
 def _logged(config: PlanConfig, prompts: Prompts) -> Logged:

@@ -154,6 +154,16 @@ def fitted(sizes: Mapping[str, int], axes: tuple[Axis, ...], shape: tuple[int, .
     return PartitionSpec(*kept)
 
 
+def decoder_spec(sizes: Mapping[str, int], path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Of a weight while tokens are sampled: split over `tensor` alone."""
+    return spec({**sizes, "fsdp": 1}, f"decoder/{path}", shape)
+
+
+def cache_axes(x: Any) -> tuple[Axis, ...]:
+    """Of a leaf of the sampler's cache: its rows, and its heads where it has an axis of them."""
+    return (ROWS, "tensor") if x.ndim >= 4 else (ROWS,)
+
+
 def of_state(mesh: Mesh, tree: PyTree, at: str = "") -> PyTree:
     """The sharding of every array of a `TrainState`, or of the part of one whose path begins with `at`.
 
@@ -248,7 +258,7 @@ def placed(model: Model) -> Model:
     """The model, saying of its activations and caches where they are: split like prompts, heads and vocabulary."""
 
     def cache(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: split(x, ROWS, "tensor") if x.ndim >= 4 else split(x, ROWS), tree)
+        return jax.tree.map(lambda x: split(x, *cache_axes(x)), tree)
 
     def logits(params: PyTree, hidden: jax.Array) -> jax.Array:
         out = model.logits(params, hidden)
@@ -287,13 +297,12 @@ def gathered(params: PyTree, *, but: str = "") -> PyTree:
       but: a part of the tree that stays as it is.
     """
     where = jax.sharding.get_abstract_mesh()
-    sizes = {**where.shape, "fsdp": 1}
 
     def one(path: Any, x: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if (but and name.startswith(f"{but}/")) or not isinstance(x, jax.core.Tracer):
             return x
-        return _constrained(x, spec(sizes, f"decoder/{name}", x.shape))
+        return _constrained(x, decoder_spec(where.shape, name, x.shape))
 
     return params if where.empty else jax.tree_util.tree_map_with_path(one, params)
 

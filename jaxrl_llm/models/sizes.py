@@ -56,4 +56,5 @@ def config(name: str, **changes: Any) -> TransformerConfig:
     if name.lower() not in MODELS:
         raise ValueError(f"no model named {name!r}; known are {', '.join(MODELS)}")
     sizes, family, _ = MODELS[name.lower()]
-    return TransformerConfig(**dict(zip(_COLUMNS, sizes, strict=True)), **(family | changes))  # type: ignore[arg-type]
+    fields: dict[str, Any] = {**dict(zip(_COLUMNS, sizes, strict=True)), **family, **changes}
+    return TransformerConfig(**fields)
