@@ -55,7 +55,6 @@ class Workload:
     ends: float | None = None
     seeds: int = 1
     slots: int | None = None
-    sizes: int = 1
     peers_env: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -66,7 +65,7 @@ class Workload:
 WORKLOADS = {
     "W1": Workload(),
     "W2": Workload(prompt_tokens=512, peers_env={"BENCH_PLEN": "512"}),
-    "W3": Workload(prompts=32, new_tokens=128, ends=4 / 128, slots=64, sizes=8, peers_env={"BENCH_TAIL": "1"}),
+    "W3": Workload(prompts=32, new_tokens=128, ends=4 / 128, slots=64, peers_env={"BENCH_TAIL": "1"}),
     "W4": Workload(new_tokens=16, seeds=W4_SEEDS, peers_env={"BENCH_NEW": "16"}),
 }
 
@@ -124,12 +123,9 @@ def task(work: Workload, vocab: int, eos: int) -> Task:
     )
 
 
-def measure(
-    name: str, size: str, kl: float, repeats: int, dtype: str, remat: str, sizes: int | None = None
-) -> dict[str, Any]:
+def measure(name: str, size: str, kl: float, repeats: int, dtype: str, remat: str, sizes: int = 1) -> dict[str, Any]:
     """One workload, ours."""
     work, c = WORKLOADS[name], config(size, dtype, remat)
-    sizes = work.sizes if sizes is None else sizes
     model, eos = transformer(c), w.eos_id(size, tail=work.ends is not None)
     model = model if work.ends is None else ending_at_random(model, eos, work.ends)
     policy = language_model(model, slots=work.slots, sizes=sizes)
@@ -284,7 +280,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=1, help="ours and each peer in turn, so often")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--remat", default=TransformerConfig.remat or "none", help="what the update keeps; none: everything")
-    p.add_argument("--sizes", type=int, help="packing, see `language_model`; if not given, the workload's")
+    p.add_argument("--sizes", type=int, default=1, help="packing of the update, see `language_model`")
     p.add_argument("--peers", type=Path, help="folder made by peers/setup.sh")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
     args = p.parse_args()
