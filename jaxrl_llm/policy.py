@@ -89,8 +89,8 @@ def language_model(
           `critic(separate_prefixes(model))`.
       sizes: with more than 1, what is scored and learned from is packed: padding is computed only up to the next of
           so many sizes, each compiled. Changes cost, not the result. Pays where responses are much shorter than the
-          longest; under `vmap` all sizes are computed. Critics with a trunk of their own, and the hidden states of other
-          roles that measures ask for, are not packed.
+          longest; under `vmap` all sizes are computed. Critics with a trunk of their own, and the hidden states of
+          other roles that measures ask for, are not packed.
 
     Raises:
       ValueError: packing of a model, or of a layout, that cannot be packed.
