@@ -3,7 +3,8 @@
 ====================  =============================================================================================
 `data`                prompts, their rollouts and the sampler's cache; weights are copied
 `fsdp`                as `data`, and the weights too: gathered where they are used, gradients scattered back
-`tensor`              heads, the inner width of the MLP and the vocabulary: each device computes its part of a layer
+`tensor`              heads, the inner width of the MLP and the vocabulary: each device computes its part of a layer;
+                      between those parts, what is scored and learned from is split over tokens
 ====================  =============================================================================================
 
 A recipe, a model and a stage know nothing of it. What the table does not name is whole on every device. An axis whose
@@ -239,6 +240,11 @@ def split(x: jax.Array, *axes: Axis) -> jax.Array:
     if where.empty or not isinstance(x, jax.core.Tracer):
         return x
     return _constrained(x, fitted(where.shape, axes, x.shape))
+
+
+def parts(axis: str) -> int:
+    """Devices along an axis of the mesh the program is traced for; 1 without one."""
+    return int(jax.sharding.get_abstract_mesh().shape.get(axis, 1))
 
 
 def by_rows(mesh: Mesh | None, function: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:

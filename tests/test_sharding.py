@@ -169,6 +169,12 @@ def test_the_cache_is_split_by_rows_and_heads(together, letters):
     assert not any(f"f32[{rows},{heads},{rest}" in text for rows, heads in ((24, 2), (24, 1), (12, 2), (12, 1), (6, 2)))
 
 
+def test_what_a_gradient_keeps_of_a_layer_is_split_over_tokens(together):
+    """Inputs of 2 layers, 2 prompts on a device: half of 12 tokens: 2 of the prefix, 1 more, 3 x 3."""
+    text = together[4].as_text()
+    assert "f32[2,2,6,16]" in text and not any(f"f32[2,2,{tokens},16]" in text for tokens in (11, 12))
+
+
 def test_rows_that_do_not_divide(letters, mesh):
     """Six prompts on four devices for rows, five slots, an odd vocabulary: less is split, nothing is wrong."""
 

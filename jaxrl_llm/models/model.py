@@ -93,6 +93,12 @@ def prefix_of(context: Context) -> tuple[Context, Array, Array]:
     return Context(tokens=jnp.where(mask, context.tokens[..., :-1], 0), mask=mask), length, last
 
 
+def longer(prefix: Context, n: int) -> Context:
+    """The prefix with `n` masked tokens more, which change nothing."""
+    wide = ((0, 0),) * (prefix.tokens.ndim - 1) + ((0, n),)
+    return jax.tree.map(lambda x: jnp.pad(x, wide), prefix) if n else prefix
+
+
 def inputs_of(last: Array, tokens: Array, attended: Array) -> Array:
     """Response inputs: the context's last token `[M]`, then the response `[M R T]` shifted by one; padding is 0."""
     tokens = jnp.where(attended, tokens, 0)

@@ -19,9 +19,9 @@ from jaxrl_llm.models.attend import attend_cache, attend_group, attend_keep, att
 from jaxrl_llm.models.attention import Rule, rotary, rotate
 from jaxrl_llm.models.config import RopeScaling, TransformerConfig
 from jaxrl_llm.models.experts import Experts, routed
-from jaxrl_llm.models.model import Cache, Model
+from jaxrl_llm.models.model import Cache, Model, longer
 from jaxrl_llm.models.packing import Packing
-from jaxrl_llm.sharding import ROWS, split
+from jaxrl_llm.sharding import ROWS, parts, split
 from jaxrl_llm.types import Context, PyTree
 
 __all__ = ["Block", "RMSNorm", "RopeScaling", "Transformer", "TransformerConfig", "transformer"]
@@ -56,11 +56,13 @@ class Block(nn.Module):
     """One layer, token by token; tokens meet only in `attend(q, k, v, seen, rule) -> (out, kept)`.
 
     `local` says whether this layer has the sliding window: a Python bool, an array where layers differ in one scan, or
-    None where they are all alike.
+    None where they are all alike. `tokens` is the mesh axis over which tokens are split where each is on its own, as in
+    2205.05198: what a layer keeps for its gradient, and its norms, are then split as its weights are.
     """
 
     config: TransformerConfig
     attend: Attend
+    tokens: str | None = None
 
     @nn.compact
     def __call__(self, x: Array, angles: Angles, seen: PyTree, local: bool | Array | None = None) -> tuple[Array, Any]:
@@ -69,8 +71,8 @@ class Block(nn.Module):
         dense = functools.partial(nn.Dense, dtype=c.dtype, param_dtype=jnp.float32, use_bias=False, dot_general=_rows)
         norm = functools.partial(RMSNorm, c.rms_norm_eps, c.unit_offset_norm)
 
-        x = split(x, ROWS)
-        h = norm(name="input_norm")(x)
+        x = split(x, ROWS, self.tokens)
+        h = split(norm(name="input_norm")(x), ROWS)
         q = dense(c.num_attention_heads * c.head_dim, use_bias=c.qkv_bias, name="q_proj")(h)
         k = dense(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, name="k_proj")(h)
         v = dense(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, name="v_proj")(h)
@@ -79,9 +81,10 @@ class Block(nn.Module):
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         out, kept = self.attend(rotate(q, *angles), rotate(k, *angles), v, seen, rule)
         out = dense(c.hidden_size, name="o_proj")(out.reshape(*out.shape[:-2], -1))
+        out = split(out, ROWS, self.tokens)
         x = x + (norm(name="post_attention_norm")(out) if c.sandwich_norms else out)
 
-        h, act = norm(name="mlp_norm")(x), ACTIVATIONS[c.hidden_act]
+        h, act = split(norm(name="mlp_norm")(x), ROWS), ACTIVATIONS[c.hidden_act]
         if c.num_experts:
             weights, chosen = routed(
                 dense(c.num_experts, name="router")(h), c.num_experts_per_tok, norm=c.norm_topk_prob
@@ -92,7 +95,8 @@ class Block(nn.Module):
             gate = dense(c.intermediate_size, name="gate_proj")(h)
             up = dense(c.intermediate_size, name="up_proj")(h)
             out = dense(c.hidden_size, name="down_proj")(act(gate) * up)
-        return split(x + (norm(name="post_mlp_norm")(out) if c.sandwich_norms else out), ROWS), kept
+        out = split(out, ROWS, self.tokens)
+        return x + (norm(name="post_mlp_norm")(out) if c.sandwich_norms else out), kept
 
 
 class Transformer(nn.Module):
@@ -114,7 +118,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_hidden_layers,
-        )(c, self.attend)
+        )(c, self.attend, tokens="tensor")
         self.norm = RMSNorm(c.rms_norm_eps, c.unit_offset_norm)
         if not c.tie_word_embeddings:
             self.lm_head = self.param(
@@ -170,6 +174,7 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         if not 0 <= layer < c.num_hidden_layers:
             raise ValueError(f"layer must be in [0, {c.num_hidden_layers - 1}] in this model, got {layer}")
         m, r, t = inputs.shape
+        prefix = longer(prefix, -(prefix.tokens.shape[-1] + r * t) % parts("tensor"))  # so that tokens can be split
         s = prefix.tokens.shape[-1]
         tokens = jnp.concatenate([prefix.tokens, inputs.reshape(m, r * t)], axis=1)
         positions = jnp.concatenate(
