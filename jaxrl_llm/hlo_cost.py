@@ -135,8 +135,9 @@ def _splash(where: Computation, x: Instruction) -> float:
     products = next((n for name, n in _SPLASH.items() if name in x.source + x.name), 0)
     if not products:
         return 0.0
-    q, k = [shape for name in x.operands if len(shape := _shape(where[name].type)) == 4][:2]
-    return 2.0 * products * math.prod(q) * k[2]
+    # Queries and keys [B H L d] come first of what is not integers; a batch of one has lost its axis.
+    q, k = [_shape(where[name].type) for name in x.operands if where[name].type.startswith(("bf16", "f"))][:2]
+    return 2.0 * products * math.prod(q) * k[-2]
 
 
 def _convolution(left: tuple[int, ...], right: tuple[int, ...], x: Instruction) -> float:

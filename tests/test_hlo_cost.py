@@ -168,3 +168,8 @@ def test_a_kernel_may_go_over_several_lines(name, products):
     assert kernel.source == "jit(step)/jvp(scoring)/splash"
     assert last.op == "negate"
     assert hlo.each_collective(text) == []
+
+
+def test_a_kernel_for_a_batch_of_one_has_lost_its_axis():
+    text = KERNEL.replace("NAME", "fwd").replace("[4,", "[").replace("{3,2,1,0}", "{2,1,0}")
+    assert costs(parse(text))[0].flops == 2 * 2 * 8 * 256 * 512 * 64
