@@ -119,6 +119,8 @@ class TrainConfig:
     """Score and learn from packed responses in so many sizes, as language_model(sizes=): less padding is computed."""
     mesh: str | None = None
     """Devices along each axis, as data=2,fsdp=4,tensor=1, one of them -1 for the rest; none: one device."""
+    split_tokens: bool = False
+    """What a gradient keeps between layers is split over tensor by tokens: less memory, more exchanged."""
     distributed: bool = False
     """This process is one of several of the run: of a TPU slice, of Slurm, or as JAX_COORDINATOR_ADDRESS & co. say."""
     heartbeat: int = 60
@@ -169,7 +171,7 @@ def prepare(config: TrainConfig, resumed: bool = False) -> Job:
             known = f"the model knows {model.vocab_size} tokens, its tokenizer {len(tokenizer)}"
             raise ValueError(f"{config.policy}: {known}")
     kept = None if config.remat == "none" else config.remat
-    model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype), remat=kept)
+    model = dataclasses.replace(model, dtype=jnp.dtype(config.dtype), remat=kept, split_tokens=config.split_tokens)
     data = folder.digest(config.data)
     if resumed and data != (before := folder.written(config.run)["data"]):
         raise ValueError(f"--data {config.data} has changed since the run began: sha256 {before} then, {data} now")
@@ -304,6 +306,8 @@ def _check(config: TrainConfig, resumed: bool) -> None:
         raise ValueError(f"{_option(given[0])} is of adapters: say their rank, --lora-rank N")
     if config.bad_updates == "apply" and config.bad_norm is not None:
         raise ValueError("--bad-norm says which updates are bad: --bad-updates skip, stop or back")
+    if config.split_tokens and config.mesh is None:
+        raise ValueError("--split-tokens splits them over tensor: --mesh tensor=N")
     if config.bad_updates == "back" and not config.checkpoint_every:
         raise ValueError("--bad-updates back needs checkpoints to go back to: --checkpoint-every N")
     if (config.run / "metrics.jsonl").exists() and not (config.overwrite or resumed):
@@ -318,6 +322,8 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     elif config.mesh is None:
         return None
     mesh = sharding.mesh(**sizes)
+    if config.split_tokens and mesh.shape["tensor"] == 1:
+        raise ValueError("--split-tokens splits them over tensor: --mesh tensor=N")
     distributed.meet(mesh)
     return mesh
 

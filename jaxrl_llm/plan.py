@@ -74,6 +74,8 @@ class PlanConfig:
     """What a gradient keeps: full (only each layer's input), none (all), or a name in jax.checkpoint_policies."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation and the cache; parameters and the optimiser are float32."""
+    split_tokens: bool = False
+    """What a gradient keeps between layers is split over `tensor` by tokens: less memory, more exchanged."""
     attention: Literal["xla", "splash"] = "xla"
     """Of whole sequences: splash is a TPU's kernel that never holds an array of queries by keys."""
     scan_decode: bool = True
@@ -207,7 +209,8 @@ def model_of(config: PlanConfig) -> TransformerConfig:
             f"--model: {config.model!r} is neither a folder nor a config.json nor one of {', '.join(sizes.MODELS)}"
         )
     remat = None if config.remat == "none" else config.remat
-    found = dataclasses.replace(found, remat=remat, scan_decode=config.scan_decode, attention=config.attention)
+    found = dataclasses.replace(found, remat=remat, split_tokens=config.split_tokens)
+    found = dataclasses.replace(found, scan_decode=config.scan_decode, attention=config.attention)
     return found if config.layers is None else found.first_layers(config.layers)
 
 

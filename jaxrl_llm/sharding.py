@@ -3,8 +3,7 @@
 ====================  =============================================================================================
 `data`                prompts, their rollouts and the sampler's cache; weights are copied
 `fsdp`                as `data`, and the weights too: gathered where they are used, gradients scattered back
-`tensor`              heads, the inner width of the MLP and the vocabulary: each device computes its part of a layer;
-                      between those parts, what is scored and learned from is split over tokens
+`tensor`              heads, the inner width of the MLP and the vocabulary: each device computes its part of a layer
 ====================  =============================================================================================
 
 A recipe, a model and a stage know nothing of it. What the table does not name is whole on every device. An axis whose

@@ -29,6 +29,7 @@ def test_how_it_computes_is_an_option(tmp_path, monkeypatch):
     "options, message",
     [
         ({"remat": "dots"}, "remat must be None, 'full'"),
+        ({"split_tokens": True}, "--split-tokens splits them over tensor: --mesh tensor=N"),
         ({"pack": 0}, "--pack must be"),
         ({"slots": 0}, "--slots must"),
     ],

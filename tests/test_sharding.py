@@ -16,6 +16,7 @@ from jaxrl_llm.engine import learner
 from jaxrl_llm.hlo import each_collective
 from jaxrl_llm.models.transformer import TransformerConfig, transformer
 from jaxrl_llm.policy import language_model
+from jaxrl_llm.types import Context
 from jaxrl_llm.updates.optimizer import adamw
 
 P = PartitionSpec
@@ -169,10 +170,36 @@ def test_the_cache_is_split_by_rows_and_heads(together, letters):
     assert not any(f"f32[{rows},{heads},{rest}" in text for rows, heads in ((24, 2), (24, 1), (12, 2), (12, 1), (6, 2)))
 
 
-def test_what_a_gradient_keeps_of_a_layer_is_split_over_tokens(together):
-    """Inputs of 2 layers, 2 prompts on a device: half of 12 tokens: 2 of the prefix, 1 more, 3 x 3."""
-    text = together[4].as_text()
-    assert "f32[2,2,6,16]" in text and not any(f"f32[2,2,{tokens},16]" in text for tokens in (11, 12))
+def test_what_a_gradient_keeps_can_be_split_over_tokens(mesh):
+    """Inputs of 3 layers, 2 prompts on a device: half of 8 tokens, a prefix of 3, one more, and 2 responses of 2."""
+    config = TransformerConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        remat="full",
+        split_tokens=True,
+    )
+    model = transformer(config)
+    params = model.init(jax.random.key(0))
+    prefix = Context(tokens=np.ones((8, 3), np.int32), mask=np.arange(3) < np.array([[3], [1]] * 4))
+    inputs = np.arange(32, dtype=np.int32).reshape(8, 2, 2) % 8
+
+    weights = np.random.default_rng(0).normal(size=(*inputs.shape, 16)).astype(np.float32)
+
+    def of(model):
+        given = prefix, prefix.mask.sum(-1), inputs, inputs >= 0
+        return lambda params: (weights * model.hidden(params, *given)).sum()
+
+    split = sharding.place_state(mesh, params, "params/policy")
+    compiled = jax.jit(sharding.on_mesh(mesh, jax.grad(of(sharding.placed(model))))).lower(split).compile()
+    text = compiled.as_text()
+    assert "f32[3,2,4,16]" in text and not any(f"f32[3,2,{tokens},16]" in text for tokens in (7, 8))
+    for got, want in zip(jax.tree.leaves(compiled(split)), jax.tree.leaves(jax.grad(of(model))(params)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
 def test_rows_that_do_not_divide(letters, mesh):

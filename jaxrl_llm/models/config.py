@@ -70,6 +70,7 @@ class TransformerConfig:
     # None, "full", or the name of a policy in jax.checkpoint_policies. Keeping only what weights were multiplied into
     # halves the memory of a gradient and is faster than writing and reading back the rest.
     remat: str | None = "dots_with_no_batch_dims_saveable"
+    split_tokens: bool = False  # between the parts of a layer, over the mesh axis `tensor`: keeps less, exchanges more
     rope_scaling: RopeScaling | None = None  # of all layers, or of the full ones if there is a rope_local_base_freq
     rope_local_base_freq: float | None = None  # the theta of sliding layers, if it is another (Gemma 3)
     sliding_window: int | None = None

@@ -118,7 +118,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.num_hidden_layers,
-        )(c, self.attend, tokens="tensor")
+        )(c, self.attend, tokens="tensor" if c.split_tokens else None)
         self.norm = RMSNorm(c.rms_norm_eps, c.unit_offset_norm)
         if not c.tie_word_embeddings:
             self.lm_head = self.param(
@@ -174,7 +174,10 @@ def transformer(config: TransformerConfig, *, wrap: Wrap | None = None) -> Model
         if not 0 <= layer < c.num_hidden_layers:
             raise ValueError(f"layer must be in [0, {c.num_hidden_layers - 1}] in this model, got {layer}")
         m, r, t = inputs.shape
-        prefix = longer(prefix, -(prefix.tokens.shape[-1] + r * t) % parts("tensor"))  # so that tokens can be split
+        if c.split_tokens:
+            prefix = longer(
+                prefix, -(prefix.tokens.shape[-1] + r * t) % parts("tensor")
+            )  # what does not divide is whole
         s = prefix.tokens.shape[-1]
         tokens = jnp.concatenate([prefix.tokens, inputs.reshape(m, r * t)], axis=1)
         positions = jnp.concatenate(
