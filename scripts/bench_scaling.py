@@ -1,4 +1,4 @@
-"""How a GRPO step scales over devices: `python scripts/bench_scaling.py [--layout fsdp] [--repeats 3] [--json]`.
+"""How a GRPO step scales over devices: `python scripts/bench_scaling.py [--layout fsdp] [--repeats 3] [--out docs]`.
 
 Weak scaling: every device keeps its share of prompts, and the step is timed on 1, 2, 4 and 8 virtual CPU devices. They
 share the cores of this machine, so the work grows with them and so does the time once the cores are full; what is above
@@ -6,7 +6,10 @@ the column "cores" is the price of splitting: exchanged bytes, and the arithmeti
 
 Strong scaling: one step's work in all, on paper. From the compiled program of each number of devices: what each
 exchanges (every collective as a ring), and the matrix products of generation and gradient, on chips of `--flops` and
-`--link`, without overlap: a lower bound of what the same program does there.
+`--link`, without overlap: a lower bound of what the same program does there. The model is small (width 128): what
+is exchanged does not shrink with the devices while their work does, which is what the speed-ups show.
+
+Prints a table; with `--out` writes it there as `scaling.md`, with `scaling.json` and `scaling.png`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,10 +50,45 @@ def main() -> None:
     parser.add_argument(
         "--link", type=float, default=1e11, help="bytes a second a chip sends; half of v5e's 1600 Gbit/s"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for scaling.md, scaling.json and scaling.png")
     options = parser.parse_args()
     rows = [row for layout in options.layout for row in scaled(layout, options)]
-    print(json.dumps(rows, indent=2) if options.json else table(rows))
+    print(table(rows))
+    if options.out is not None:
+        written(rows, options.out)
+
+
+def written(rows: list[dict[str, Any]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
+    said = "\n".join((__doc__ or "").split("\n")[2:-3])
+    parts = ["# Scaling over devices", "`python scripts/bench_scaling.py --out docs` wrote this page.", said]
+    (folder / "scaling.md").write_text("\n\n".join([*parts, table(rows), "![curves](scaling.png)"]) + "\n")
+    picture(rows, folder / "scaling.png")
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (weak, strong) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for layout in dict.fromkeys(row["layout"] for row in rows):
+        mine = [row for row in rows if row["layout"] == layout]
+        devices = [row["devices"] for row in mine]
+        weak.plot(devices, [row["ratio"] for row in mine], "o-", label=layout)
+        strong.plot(devices, [row["speedup"] for row in mine], "o-", label=layout)
+    weak.plot(devices, [row["cores"] for row in mine], "k--", lw=1, label="cores alone")
+    strong.plot(devices, devices, "k--", lw=1, label="ideal")
+    weak.set(title="weak: time of a step, one device = 1", xlabel="virtual devices")
+    strong.set(title="strong, on paper: speed-up", xlabel="chips")
+    for axes in (weak, strong):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def scaled(layout: str, options: argparse.Namespace) -> list[dict[str, Any]]:
