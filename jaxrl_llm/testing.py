@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxrl_llm import world as outside
 from jaxrl_llm.algorithm import ROLES, Algorithm, roles_of
@@ -47,13 +47,25 @@ class Evaluated(NamedTuple):
     metrics: Metrics
 
 
+def compiled(f: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    """`f` with some arguments bound as one program; what it finds comes as arrays of numpy."""
+    program = jax.jit(functools.partial(f, **fixed))
+    return lambda *arrays, **named: jax.tree.map(np.asarray, program(*arrays, **named))
+
+
 def toy_prompts(rows: int, *, length: int = 2) -> Prompts:
     """`rows` prompts of `length` tokens, all different, with `target` their index."""
+    prompts: Prompts = jax.tree.map(jnp.asarray, _toy_prompts(rows, length))
+    return prompts
+
+
+def _toy_prompts(rows: int, length: int) -> Prompts:
     # Made by numpy, here and below: outside of a program each operation of JAX on a new shape is compiled.
-    index = np.arange(rows, dtype=np.int32)
-    tokens = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
-    context = Context(tokens=jnp.asarray(tokens), mask=jnp.asarray(np.ones(tokens.shape, bool)))
-    return Prompts(context=context, index=jnp.asarray(index), target=jnp.asarray(index))
+    index = _known(np.arange(rows, dtype=np.int32))
+    tokens = _known(np.arange(rows * length, dtype=np.int32).reshape(rows, length))
+    return Prompts(
+        context=Context(tokens=tokens, mask=_known(np.ones((rows, length), bool))), index=index, target=index
+    )
 
 
 def toy_batch(
@@ -89,38 +101,49 @@ def toy_batch(
       role: `[B G T]`; POLICY where `mask` if None.
       truncated: `[B G]`, False if None.
     """
-    logp = jnp.asarray(logp)
+    logp = _known(logp)
     shape = logp.shape
-    mask = jnp.asarray(np.ones(shape) if mask is None else mask, bool)
-    prompts = toy_prompts(shape[0])
-    token_ids = jnp.asarray(np.arange(logp.size, dtype=np.int32).reshape(shape) if tokens is None else tokens)
+    mask = _known(np.ones(shape) if mask is None else mask, bool)
+    prompts = _toy_prompts(shape[0], 2)
     rollouts = Rollouts(
         prompts=prompts,
         context=jax.tree.map(lambda x: x[:, None], prompts.context),
-        tokens=token_ids,
+        tokens=_known(np.arange(logp.size, dtype=np.int32).reshape(shape) if tokens is None else tokens),
         mask=mask,
-        role=jnp.where(mask, POLICY, PADDING).astype(jnp.int8) if role is None else jnp.asarray(role, jnp.int8),
+        role=mask.astype(np.int8) * (POLICY - PADDING) + PADDING if role is None else _known(role, np.int8),
         logp=logp,
-        entropy=jnp.asarray(np.zeros(shape, logp.dtype)),
-        version=jnp.asarray(np.zeros(shape, np.int32)),
-        truncated=jnp.asarray(np.zeros(shape[:2]) if truncated is None else truncated, bool),
-        sampling=Sampling(temperature=jnp.asarray(np.ones(shape[:2], np.float32))),
+        entropy=_known(np.zeros(shape), logp.dtype),
+        version=_known(np.zeros(shape), np.int32),
+        truncated=_known(np.zeros(shape[:2]) if truncated is None else truncated, bool),
+        sampling=Sampling(temperature=_known(np.ones(shape[:2]))),
     )
-    outcome = jnp.asarray(np.zeros(shape[:2]) if outcome is None else outcome, logp.dtype)
-    rewards = outcome if reward is None else jnp.asarray(reward, logp.dtype)
-    return Batch(
+    outcome = _known(np.zeros(shape[:2]) if outcome is None else outcome, logp.dtype)
+    rewards = outcome if reward is None else _known(reward, logp.dtype)
+    batch = Batch(
         rollouts=rollouts,
-        step=jnp.asarray(np.zeros((), np.int32)),
+        step=_known(0, np.int32),
         outcome=outcome,
-        old=None if old is None else Scores(logp=jnp.asarray(old)),
-        reference=None if reference is None else Scores(logp=jnp.asarray(reference)),
-        value=None if value is None else jnp.asarray(value),
+        old=None if old is None else Scores(logp=_known(old)),
+        reference=None if reference is None else Scores(logp=_known(reference)),
+        value=None if value is None else _known(value),
         reward=rewards.sum(-1) if rewards.ndim == 3 else rewards,
-        token_reward=rewards if rewards.ndim == 3 else at_last_token(mask, rewards),
-        keep=None if keep is None else jnp.asarray(keep, bool),
-        advantage=None if advantage is None else _per_token(jnp.asarray(advantage), shape),
-        weight=None if weight is None else jnp.asarray(weight),
+        token_reward=rewards if rewards.ndim == 3 else _at_last_token(mask, rewards),
+        keep=None if keep is None else _known(keep, bool),
+        advantage=None if advantage is None else _per_token(_known(advantage), shape),
+        weight=None if weight is None else _known(weight),
     )
+    arrays: Batch = jax.tree.map(jnp.asarray, batch)
+    return arrays
+
+
+_at_last_token = jax.jit(at_last_token)
+
+
+def _known(x: ArrayLike, dtype: DTypeLike | None = None) -> Array:
+    """As an array of numpy, whose operations compile nothing; what a program is still to find as it is."""
+    array: Any = x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    known: Array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype if dtype is None else dtype))
+    return known
 
 
 def toy_rows(*, fill: float = 0.0, **fields: Any) -> tuple[Scores, Batch]:
@@ -131,13 +154,13 @@ def toy_rows(*, fill: float = 0.0, **fields: Any) -> tuple[Scores, Batch]:
       fields: further arguments of `toy_batch`, or other values for those given here.
     """
     given: dict[str, Any] = {
-        "logp": jnp.array([[[-0.5, -1.0, -2.0], [-0.7, -0.3, fill]]]),
-        "reference": jnp.array([[[-0.6, -0.9, -1.8], [-0.8, -0.4, fill]]]),
-        "advantage": jnp.array([[[1.0, 1.0, 1.0], [-1.0, -1.0, fill]]]),
-        "outcome": jnp.array([[1.0, 0.0]]),
+        "logp": np.array([[[-0.5, -1.0, -2.0], [-0.7, -0.3, fill]]]),
+        "reference": np.array([[[-0.6, -0.9, -1.8], [-0.8, -0.4, fill]]]),
+        "advantage": np.array([[[1.0, 1.0, 1.0], [-1.0, -1.0, fill]]]),
+        "outcome": np.array([[1.0, 0.0]]),
     }
-    scores = Scores(logp=jnp.array([[[-0.3, -1.1, -1.5], [-1.0, -0.1, fill]]]))
-    return scores, toy_batch(mask=jnp.array([[[1, 1, 1], [1, 1, 0]]]), **(given | fields))
+    scores = Scores(logp=jnp.asarray(np.array([[[-0.3, -1.1, -1.5], [-1.0, -0.1, fill]]])))
+    return scores, toy_batch(mask=np.array([[[1, 1, 1], [1, 1, 0]]]), **(given | fields))
 
 
 def random_batch(
@@ -225,6 +248,12 @@ def with_fresh_loss(algorithm: Algorithm, batch: Batch) -> Algorithm:
 
 
 def prepare(algorithm: Algorithm, batch: Batch) -> Batch:
+    """`fill_slots` as one program."""
+    prepared: Batch = jax.jit(functools.partial(fill_slots, algorithm))(batch)
+    return prepared
+
+
+def fill_slots(algorithm: Algorithm, batch: Batch) -> Batch:
     """Runs the reward, filter, advantage and weight slots, as the engine does; stages start with fresh memory."""
     problem = problem_of(batch)
     keep = batch.rollouts.mask.any(-1) if batch.keep is None else batch.keep
@@ -247,6 +276,11 @@ def whole_step(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batc
 
 def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
     """The loss as the engine computes it in one optimiser step, and its derivative by every token's log-prob."""
+    evaluated: Evaluated = jax.jit(functools.partial(_evaluate, loss))(scores, batch)
+    return evaluated
+
+
+def _evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch) -> Evaluated:
     batch = whole_step(loss, scores, batch)
 
     def of(logp: Array) -> tuple[Array, Metrics]:
@@ -259,7 +293,7 @@ def evaluate(loss: Callable[[Scores, Batch], Any], scores: Scores, batch: Batch)
 
 
 def _per_token(x: Array, shape: tuple[int, ...]) -> Array:
-    return x if x.ndim == 3 else jnp.broadcast_to(x[..., None], shape)
+    return x if x.ndim == 3 else x[..., None] * np.ones(shape, x.dtype)
 
 
 def toy_world(
