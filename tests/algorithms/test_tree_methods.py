@@ -23,7 +23,7 @@ from jaxrl_llm.losses.aggregate import token_mean
 from jaxrl_llm.rollouts.forks import forks, sample_forking
 from jaxrl_llm.rollouts.tree import Shape, edge_credit, edge_rows, edge_values, sample_tree
 from jaxrl_llm.rollouts.vines import sample_vines
-from jaxrl_llm.testing import evaluate, prepare, random_batch, toy_batch, toy_rows, toy_world
+from jaxrl_llm.testing import compiled, evaluate, prepare, random_batch, toy_batch, toy_rows, toy_world
 from jaxrl_llm.types import POLICY, PREFIX, Problem, Rollouts, Sampling, Scores
 
 B, T, SAMPLING = 3, 8, Sampling(temperature=jnp.ones(()))
@@ -57,7 +57,7 @@ def with_rollouts(batch, **fields):
 def run(algorithm, scores, batch):
     batch = prepare(algorithm, batch)
     got = evaluate(algorithm.loss, scores, batch)
-    return got.value, got.coefficient / jnp.maximum(batch.mask.sum(), 1)
+    return np.asarray(got.value), np.asarray(got.coefficient) / np.maximum(np.asarray(batch.mask).sum(), 1)
 
 
 def same(child, parent, scores, batch):
@@ -69,30 +69,34 @@ def same(child, parent, scores, batch):
 
 # --- spo_chain --------------------------------------------------------------------------------------------------------
 
-PROBABILITIES = jnp.array([0.99, 0.95, 0.5, 0.97, 0.3, 0.99, 0.85, 0.99, 0.6, 0.99])
+PROBABILITIES = np.array([0.99, 0.95, 0.5, 0.97, 0.3, 0.99, 0.85, 0.99, 0.6, 0.99])
 
 
-@pytest.mark.parametrize("fill", [0.0, jnp.nan, 1e10, -1e10])
+starts_program = jax.jit(segment_starts, static_argnames=("threshold", "interval"))
+
+
+@pytest.mark.parametrize("fill", [0.0, np.nan, 1e10, -1e10])
 def test_segments_start_at_unsure_tokens(fill):
     """The states before the tokens 2, 4, 6, 8 are those after 1, 3, 5, 7; every second one is kept."""
-    logp = jnp.append(jnp.log(PROBABILITIES), fill)
-    mask = jnp.arange(11) < 10
-    every = segment_starts(logp, mask, threshold=0.9, interval=1)
-    np.testing.assert_array_equal(jnp.flatnonzero(every), [2, 4, 6, 8])
-    np.testing.assert_array_equal(jnp.flatnonzero(segment_starts(logp, mask, threshold=0.9, interval=2)), [2, 6])
-    assert not segment_starts(logp, mask, threshold=0.2, interval=1).any()
+    logp = np.append(np.log(PROBABILITIES), fill)
+    mask = np.arange(11) < 10
+    starts = partial(starts_program, logp, mask)
+    np.testing.assert_array_equal(np.flatnonzero(starts(threshold=0.9, interval=1)), [2, 4, 6, 8])
+    np.testing.assert_array_equal(np.flatnonzero(starts(threshold=0.9, interval=2)), [2, 6])
+    assert not np.asarray(starts(threshold=0.2, interval=1)).any()
 
 
 def test_credit_of_segments():
     """Values 0.25 and 0.5 of the states before the tokens 2 and 6, and R = 1; tokens before the first have none."""
-    starts = jnp.isin(jnp.arange(10), jnp.array([2, 6]))
-    got = segment_credit(starts, jnp.array([0.25, 0.5, 7.0]), jnp.array(1.0))
+    credit = compiled(segment_credit)
+    starts = np.isin(np.arange(10), [2, 6])
+    got = credit(starts, np.array([0.25, 0.5, 7.0]), np.array(1.0))
     np.testing.assert_allclose(got, [0, 0, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5])
     assert got[2] + got[6] == 1 - 0.25  # they telescope
-    one = segment_credit(jnp.arange(10) == 0, jnp.array([0.25, 7.0]), jnp.array(1.0))
+    one = credit(np.arange(10) == 0, np.array([0.25, 7.0]), np.array(1.0))
     np.testing.assert_allclose(one, [0.75] * 10)  # the plain baseline of a prompt
-    np.testing.assert_array_equal(segment_credit(jnp.zeros(10, bool), jnp.zeros(2), jnp.array(1.0)), [0] * 10)
-    unknown = segment_credit(starts, jnp.array([0.25, jnp.nan, 7.0]), jnp.array(1.0))
+    np.testing.assert_array_equal(credit(np.zeros(10, bool), np.zeros(2), np.array(1.0)), [0] * 10)
+    unknown = credit(starts, np.array([0.25, np.nan, 7.0]), np.array(1.0))
     np.testing.assert_array_equal(unknown, [0] * 10)
 
 
@@ -332,8 +336,8 @@ def test_spo_tree_refuses_sizes(world, prompts):
 
 # --- treepo -----------------------------------------------------------------------------------------------------------
 
-PAIRS = jnp.array([[4, 0], [4, 1], [5, 2], [5, 3]])
-ALL = jnp.ones(4, bool)
+PAIRS = np.array([[4, 0], [4, 1], [5, 2], [5, 3]], np.int32)
+ALL = np.ones(4, bool)
 
 
 @pytest.mark.parametrize(
@@ -342,34 +346,38 @@ ALL = jnp.ones(4, bool)
 )
 def test_credit_against_subtrees(weigh, want):
     """Rows 0, 1 and rows 2, 3 share their first segment: 0.75, -0.25 x 3 in the group, 0.5, -0.5, 0, 0 in pairs."""
-    reward = jnp.array([1.0, 0, 0, 0])
-    got = subtree_credit(reward, PAIRS, jnp.ones((4, 2), bool), ALL, weigh=weigh)
+    reward, credit = np.array([1.0, 0, 0, 0]), compiled(subtree_credit, weigh=weigh)
+    got = credit(reward, PAIRS, np.ones((4, 2), bool), ALL)
     np.testing.assert_allclose(got, want, atol=1e-6)
-    shallow = subtree_credit(reward, PAIRS, jnp.zeros((4, 2), bool), ALL, weigh=weigh)
+    shallow = credit(reward, PAIRS, np.zeros((4, 2), bool), ALL)
     np.testing.assert_allclose(shallow, [0.75, -0.25, -0.25, -0.25], atol=1e-6)
 
 
-@pytest.mark.parametrize("fill", [jnp.nan, 1e10])
+@pytest.mark.parametrize("fill", [np.nan, 1e10])
 def test_rows_that_do_not_count_are_in_no_subtree(fill):
     """Without row 1, row 0 is alone under its node: the group's mean is 1/3."""
-    keep = jnp.array([True, False, True, True])
-    got = subtree_credit(jnp.array([1.0, fill, 0, 0]), PAIRS, jnp.ones((4, 2), bool), keep)
+    keep = np.array([True, False, True, True])
+    got = jax.jit(subtree_credit)(np.array([1.0, fill, 0, 0]), PAIRS, np.ones((4, 2), bool), keep)
     np.testing.assert_allclose(got, [2 / 3, 0, -1 / 6, -1 / 6], atol=1e-6)
 
 
 def test_credit_of_subtrees_is_whitened_over_tokens():
     """Segments of one token, and nodes as above. A node that stands after the end of a row is none."""
-    batch = toy_batch(logp=jnp.zeros((1, 4, 3)), mask=jnp.ones((1, 4, 3)).at[..., 2].set(0), outcome=[[1.0, 0, 0, 0]])
-    batch = with_rollouts(batch, node=jnp.concatenate([PAIRS, jnp.full((4, 1), 7)], -1)[None])
-    credit = per_subtree(batch, segment=1)
+    mask = np.broadcast_to(np.arange(3) < 2, (1, 4, 3))
+    batch = toy_batch(logp=np.zeros((1, 4, 3)), mask=mask, outcome=[[1.0, 0, 0, 0]])
+    batch = with_rollouts(batch, node=jnp.asarray(np.concatenate([PAIRS, np.full((4, 1), 7, np.int32)], -1)[None]))
+    credit = compiled(per_subtree, segment=1)(batch)
     np.testing.assert_allclose(credit[0, :, 0], [0.625, -0.375, -0.125, -0.125], atol=1e-6)
     np.testing.assert_array_equal(credit[..., 2], 0)
-    got = whiten(dataclasses.replace(batch, advantage=credit))
+    got = compiled(whiten)(dataclasses.replace(batch, advantage=credit))
     np.testing.assert_allclose(got[0, :, 1], [1.559024, -0.935414, -0.311805, -0.311805], atol=1e-5)
 
 
 def marks(*places, width=8):
-    return jnp.isin(jnp.arange(width), jnp.array(places, int))
+    return np.isin(np.arange(width), places)
+
+
+forked_rows = compiled(forks, branch=2)
 
 
 @pytest.mark.parametrize(
@@ -391,8 +399,8 @@ def marks(*places, width=8):
     ],
 )
 def test_forks(done, going, ended, finished, ahead, again):
-    got = forks(marks(*done), marks(*going), marks(*ended), branch=2)
-    source, want = np.asarray(got.source), [*finished, *ahead, *again]
+    got = forked_rows(marks(*done), marks(*going), marks(*ended))
+    source, want = got.source, [*finished, *ahead, *again]
     assert got.exists.sum() == len(want) and source[: len(want)].tolist() == want
     assert np.flatnonzero(got.going).tolist() == list(range(len(finished), len(want)))
     assert np.flatnonzero(got.again).tolist() == list(range(len(want) - len(again), len(want)))
@@ -454,11 +462,12 @@ def test_treepo_refuses_more_branches_than_responses():
 
 # --- polychromic ------------------------------------------------------------------------------------------------------
 
-SETS = jnp.array([[0, 1], [0, 2], [1, 3], [2, 3]])
+SETS = np.array([[0, 1], [0, 2], [1, 3], [2, 3]], np.int32)
+credit_of_sets = compiled(set_credit)
 
 
 def labels(*names):
-    return jnp.array([[a == b for b in names] for a in names])
+    return np.array([[a == b for b in names] for a in names])
 
 
 @pytest.mark.parametrize(
@@ -472,24 +481,24 @@ def labels(*names):
     ],
 )
 def test_credit_of_sets(reward, names, want):
-    got = set_credit(jnp.array(reward), labels(*names), ALL, SETS)
+    got = credit_of_sets(np.array(reward), labels(*names), ALL, SETS)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("fill", [jnp.nan, 1e10])
+@pytest.mark.parametrize("fill", [np.nan, 1e10])
 def test_sets_with_a_row_that_does_not_count_are_left_out(fill):
     """Without row 2 the sets (0, 1) and (1, 3) are left: f = 0.5 and 1."""
-    keep = jnp.array([True, True, False, True])
-    got = set_credit(jnp.array([1.0, 1, fill, 1]), labels(*"aabc"), keep, SETS)
+    keep = np.array([True, True, False, True])
+    got = credit_of_sets(np.array([1.0, 1, fill, 1]), labels(*"aabc"), keep, SETS)
     np.testing.assert_allclose(got, [-0.25, 0, 0, 0.25], atol=1e-6)
-    none = set_credit(jnp.array([1.0, 1, fill, 1]), labels(*"aabc"), keep, SETS[:2])
+    none = credit_of_sets(np.array([1.0, 1, fill, 1]), labels(*"aabc"), keep, SETS[:2])
     np.testing.assert_array_equal(none, [0, 0, 0, 0])
-    nobody = set_credit(jnp.array([1.0, 1, 0, 1]), labels(*"aabc"), ALL, SETS[:1])
+    nobody = credit_of_sets(np.array([1.0, 1, 0, 1]), labels(*"aabc"), ALL, SETS[:1])
     np.testing.assert_array_equal(nobody, [0, 0, 0, 0])  # rows 2 and 3 are in no set
 
 
 def test_the_window_is_of_tokens_that_count():
-    mask = jnp.array([0, 1, 1, 0, 1, 1], bool)
+    mask = np.array([0, 1, 1, 0, 1, 1], bool)
     np.testing.assert_array_equal(in_window(mask, 3), [0, 1, 1, 0, 1, 0])
     np.testing.assert_array_equal(in_window(mask, 0), [0] * 6)
     np.testing.assert_array_equal(in_window(mask, None), mask)
@@ -519,30 +528,32 @@ def test_vines_go_on_from_states_of_a_response(vines, world):
 
 def test_sets_decide_in_the_window_after_a_vine_state_and_gae_elsewhere():
     """One vine of two rows and one set of both: its objective is the baseline. Two sets of one: rewards 1 and 0."""
-    logp = jnp.zeros((1, 3, 4))
-    segment = jnp.broadcast_to(jnp.array([[0], [1], [1]]), logp.shape)
-    batch = toy_batch(logp=logp, value=jnp.full((1, 3, 4), 0.5), outcome=[[1.0, 1, 0]])
-    batch = with_rollouts(batch, segment=segment)
+    logp = np.zeros((1, 3, 4))
+    segment = np.broadcast_to(np.array([[0], [1], [1]], np.int32), logp.shape)
+    batch = toy_batch(logp=logp, value=np.full((1, 3, 4), 0.5), outcome=[[1.0, 1, 0]])
+    batch = with_rollouts(batch, segment=jnp.asarray(segment))
     options = {"vines": 1, "gamma": 1.0, "lam": 0.95, "alike": same_tokens, "window": 3}
-    plain = np.asarray(gae(batch))[0]
-    both, _ = set_advantage((), jax.random.key(0), batch, sets=1, members=2, **options)
+    plain = compiled(gae)(batch)[0]
+    both, _ = compiled(set_advantage, sets=1, members=2, **options)((), jax.random.key(0), batch)
     np.testing.assert_allclose(both[0, 0], plain[0])
     np.testing.assert_allclose(both[0, 1:], np.where(np.arange(4) < 3, 0, plain[1:]), atol=1e-6)
-    seen = set()
+    seen, program = set(), compiled(set_advantage, sets=2, members=1, **options)
     for i in range(6):
-        alone, _ = set_advantage((), jax.random.key(i), batch, sets=2, members=1, **options)
+        alone, _ = program((), jax.random.key(i), batch)
         assert (np.asarray(alone[0, 1:, :3]) == np.asarray(alone[0, 1:, :1])).all()
         seen.add(tuple(np.asarray(alone[0, 1:, 0]).tolist()))
     assert seen == {(0.5, -0.5), (0.0, 0.0)}  # different sets, or twice the same
 
 
 def test_divergence_from_the_old_policy():
-    old, new = jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.log(jnp.array([0.25, 0.25, 0.5]))
-    got = from_old(new, jnp.array(0), jnp.zeros(2), old=old)
+    old, new = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.25, 0.5])
+    got = jax.jit(from_old)(new, np.array(0), np.zeros(2), old=old)
     np.testing.assert_allclose(got, 0.5 * np.log(2) - 0.25 * np.log(2), rtol=1e-6)
     scores, batch = toy_rows()
-    scores = dataclasses.replace(scores, extras={"from_old": jnp.array([[[1.0, 2, 3], [4, 5, jnp.nan]]])})
-    np.testing.assert_allclose(kl_from_old(scores, batch, weight=0.1)[0], [[0.1, 0.2, 0.3], [0.4, 0.5, 0]], rtol=1e-6)
+    scores = dataclasses.replace(scores, extras={"from_old": jnp.asarray(np.array([[[1.0, 2, 3], [4, 5, np.nan]]]))})
+    np.testing.assert_allclose(
+        compiled(kl_from_old, weight=0.1)(scores, batch)[0], [[0.1, 0.2, 0.3], [0.4, 0.5, 0]], rtol=1e-6
+    )
 
 
 def test_polychromic_is_ppo():
