@@ -37,11 +37,17 @@ MODEL = transformer(
 
 @functools.cache
 def params_of(seed):
+    return draw_params(seed)
+
+
+@jax.jit
+def draw_params(seed):
     leaves, tree = jax.tree.flatten(jax.eval_shape(MODEL.init, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return tree.unflatten([0.5 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@jax.jit
 def rollouts_of():
     keys = jax.random.split(jax.random.key(3), 2)
     context = Context(tokens=jax.random.randint(keys[0], (B, S), 0, V), mask=jnp.arange(S) < jnp.array([[3], [2]]))
@@ -93,8 +99,9 @@ def found():
 
 def test_a_measure_sees_logits_tokens_hidden_states_and_the_roles_it_names(found):
     rollouts = rollouts_of()
-    hidden = {i: np.asarray(hidden_states(MODEL, params_of(i), rollouts)) for i in range(3)}
-    logits = {i: np.asarray(MODEL.logits(params_of(i), hidden[i])) for i in range(3)}
+    hidden_of, logits_of = jax.jit(partial(hidden_states, MODEL)), jax.jit(MODEL.logits)
+    hidden = {i: np.asarray(hidden_of(params_of(i), rollouts)) for i in range(3)}
+    logits = {i: np.asarray(logits_of(params_of(i), hidden[i])) for i in range(3)}
     mask, tokens = np.asarray(rollouts.mask), np.asarray(rollouts.tokens)
     want = {
         "top": np.argsort(-logits[0], axis=-1)[..., :3],
@@ -129,10 +136,11 @@ def test_roles_carry_the_gradient_they_are_handed_with():
     whole = jax.jit(jax.grad(total, argnums=(0, 1)))(params_of(0), others)
     chunks = jax.jit(jax.grad(partial(total, logits_bytes=4 * B * G * V * 3), argnums=(0, 1)))(params_of(0), others)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), chunks, whole)
-    assert any((x != 0).any() for x in jax.tree.leaves(whole[1]["old"]))
+    assert any(np.asarray(x).any() for x in jax.tree.leaves(whole[1]["old"]))
     # The policy as its own old one, stopped: the gradient is that of the first factor alone.
-    stopped = jax.grad(lambda p: total(p, {"old": jax.lax.stop_gradient(p), "reference": params_of(2)}))(params_of(0))
-    fixed = jax.grad(total)(params_of(0), {"old": params_of(0), "reference": params_of(2)})
+    own = jax.grad(lambda p, r: total(p, {"old": jax.lax.stop_gradient(p), "reference": r}))
+    stopped = jax.jit(own)(params_of(0), params_of(2))
+    fixed = jax.jit(jax.grad(total))(params_of(0), {"old": params_of(0), "reference": params_of(2)})
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), stopped, fixed)
 
 
@@ -211,15 +219,16 @@ def test_a_role_is_kept_only_if_a_measure_that_is_read_asks_for_it(build):
 
 
 def test_at_the_start_every_role_is_the_policy_and_a_number_can_be_turned(build):
-    parts = build(recipe_of({"gap": gap}, names=("gap",)))
-    plain = build(recipe_of({}))
-    start = parts.init(jax.random.key(0))
-    np.testing.assert_allclose(parts.step(start)[1]["loss"], plain.step(plain.init(jax.random.key(0)))[1]["loss"], 1e-5)
+    def first_loss(parts):
+        return jax.jit(lambda key: parts.step(parts.init(key))[1]["loss"])(jax.random.key(0))
+
+    plain = first_loss(build(recipe_of({})))
+    np.testing.assert_allclose(first_loss(build(recipe_of({"gap": gap}, names=("gap",)))), plain, 1e-5)
 
     parts = build(recipe_of({"counted": partial(Counted(), scale=0.0)}, names=("counted",)))
-    start = parts.init(jax.random.key(0))
+    start = jax.jit(parts.init)(jax.random.key(0))
     step = jax.jit(parts.step)
-    np.testing.assert_allclose(step(start)[1]["loss"], plain.step(plain.init(jax.random.key(0)))[1]["loss"], 1e-5)
+    np.testing.assert_allclose(step(start)[1]["loss"], plain, 1e-5)
     turned = step(adjust(start, numbers={"measures.counted.scale": 5.0}))[1]["loss"]
     assert float(turned) < float(step(start)[1]["loss"]) - 1
 
