@@ -79,19 +79,20 @@ def loss_gradients(policy, letters, step_rollouts):
     params, batch = step_rollouts
 
     def of(accumulate=1, devices=1):
-        def objective(loss, params, part):
-            return loss(policy.score(params, part.rollouts, fields=frozenset({"logp"})), part)
+        def objective(params, part):
+            return LOSS(policy.score(params, part.rollouts, fields=frozenset({"logp"})), part)
 
         @jax.jit
         def all_of_them(params, batch):
-            out = {}
-            for name, aggregation in AGGREGATIONS.items():
-                loss = dataclasses.replace(LOSS, aggregate=aggregation)
-                shared = dataclasses.replace(batch, share=aggregation(batch.mask))
-                both = jax.value_and_grad(partial(objective, loss), has_aux=True)
-                (value, _), gradient = value_and_grad(both, params, shared, accumulate)
-                out[name] = value, gradient
-            return out
+            def with_share(share):
+                both = jax.value_and_grad(objective, has_aux=True)
+                (value, _), gradient = value_and_grad(both, params, dataclasses.replace(batch, share=share), accumulate)
+                return value, gradient
+
+            # An aggregation is its shares: one after the other, so that the program has each computation once.
+            shares = jnp.stack([aggregation(batch.mask) for aggregation in AGGREGATIONS.values()])
+            found = jax.lax.map(with_share, shares)
+            return {name: jax.tree.map(lambda x, i=i: x[i], found) for i, name in enumerate(AGGREGATIONS)}
 
         mesh = data_mesh(devices)
         placed = dataclasses.replace(place(mesh, dataclasses.replace(batch, step=None)), step=batch.step)
@@ -102,6 +103,10 @@ def loss_gradients(policy, letters, step_rollouts):
 
 @pytest.fixture(scope="module")
 def step_rollouts(policy, letters):
+    return jax.jit(partial(drawn_rollouts, policy, letters))()
+
+
+def drawn_rollouts(policy, letters):
     params = policy.init(jax.random.key(0))
     b, g, t = 8, 4, letters.response_length
     prompts = letters.draw(jax.random.key(1), b)

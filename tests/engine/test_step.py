@@ -44,6 +44,16 @@ def history(grpo):
     return run(grpo, jax.random.key(0), STEPS)
 
 
+@pytest.fixture(scope="module")
+def lowered(grpo):
+    return jax.jit(grpo.step).lower(jax.eval_shape(grpo.init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def program(lowered):
+    return lowered.compile()
+
+
 def assert_same(a, b, **tolerance):
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -51,9 +61,8 @@ def assert_same(a, b, **tolerance):
         np.testing.assert_allclose(x, y, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-def test_nothing_returns_to_the_host_for_a_task_in_the_graph(grpo):
-    program = jax.jit(grpo.step).lower(jax.eval_shape(grpo.init, jax.random.key(0)))
-    text = program.as_text() + program.compile().as_text()
+def test_nothing_returns_to_the_host_for_a_task_in_the_graph(lowered, program):
+    text = lowered.as_text() + program.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
 
 
@@ -87,13 +96,11 @@ def test_traces_once_over_steps_and_over_changed_numbers(build):
     assert jax.tree.structure(first) == jax.tree.structure(last)
 
 
-def test_a_changed_number_changes_the_step(build):
-    parts = build(algorithms.load("grpo", group_size=4, kl=0.5))
-    state, _ = run(parts, jax.random.key(0), 2)
-    step = jax.jit(parts.step)
-    plain = step(state)[1]
-    assert float(step(adjust(state, numbers={"loss.terms[0].weight": 50.0}))[1]["loss"]) != float(plain["loss"])
-    cold = step(adjust(state, sampling={"temperature": 0.1}))[1]
+def test_a_changed_number_changes_the_step(grpo, program):
+    state, _ = run(grpo, jax.random.key(0), 2)
+    plain = program(state)[1]
+    assert float(program(adjust(state, numbers={"loss.terms[0].weight": 50.0}))[1]["loss"]) != float(plain["loss"])
+    cold = program(adjust(state, sampling={"temperature": 0.1}))[1]
     assert float(cold["entropy"]) < 0.95 * float(plain["entropy"])
     with pytest.raises(KeyError, match=r"it has .*loss\.terms\[0\]\.weight"):
         adjust(state, numbers={"kl": 1.0})
@@ -123,10 +130,10 @@ def test_stopping_and_going_on_changes_nothing(grpo, history):
 
 
 def test_vmap_over_seeds_equals_single_runs(grpo, history):
-    keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
-    many = jax.vmap(lambda key: run(grpo, key, STEPS, scan=STEPS))(keys)
-    assert_same(jax.tree.map(lambda x: x[0], many), history, rtol=1e-4, atol=1e-6)
-    assert_same(jax.tree.map(lambda x: x[1], many), run(grpo, jax.random.key(1), STEPS), rtol=1e-4, atol=1e-6)
+    many = jax.jit(jax.vmap(lambda seed: run(grpo, jax.random.key(seed), STEPS, scan=STEPS)))(np.arange(2))
+    one = jax.jit(lambda i: jax.tree.map(lambda x: x[i], many))
+    assert_same(one(0), history, rtol=1e-4, atol=1e-6)
+    assert_same(one(1), run(grpo, jax.random.key(1), STEPS), rtol=1e-4, atol=1e-6)
 
 
 def test_vmap_over_numbers_equals_single_runs(build):
@@ -134,10 +141,10 @@ def test_vmap_over_numbers_equals_single_runs(build):
         parts = build(algorithms.load("grpo", group_size=4, clip=clip, kl=kl), optimizer=adamw(rate))
         return run(parts, jax.random.key(0), 2, scan=2)[1]
 
-    values = jnp.array([[0.01, 0.3], [0.3, 0.01], [0.01, 0.02]])
-    many = jax.vmap(metrics)(*values)
+    values = np.array([[0.01, 0.3], [0.3, 0.01], [0.01, 0.02]], np.float32)
+    many, single = jax.tree.map(np.asarray, jax.jit(jax.vmap(metrics))(*values)), jax.jit(metrics)
     for i, each in enumerate(values.T):
-        assert_same(jax.tree.map(lambda x, i=i: x[i], many), metrics(*each), rtol=1e-4, atol=1e-6)
+        assert_same(jax.tree.map(lambda x, i=i: x[i], many), single(*each), rtol=1e-4, atol=1e-6)
     # One on-policy update never reaches the clip; the others are felt in the second step.
     assert not np.allclose(many["grad_norm"][0, 1], many["grad_norm"][1, 1], rtol=1e-6)
 
@@ -175,7 +182,7 @@ def test_a_reference_nobody_reads_is_neither_kept_nor_computed(build):
     def cost(kl):
         parts = build(algorithms.load("grpo", group_size=4, kl=kl))
         state = jax.eval_shape(parts.init, jax.random.key(0))
-        return set(state.params), jax.jit(parts.step).lower(state).compile().cost_analysis()["flops"]
+        return set(state.params), jax.jit(parts.step).lower(state).cost_analysis()["flops"]
 
     with_reference, without, zero = cost(0.04), cost(None), cost(0.0)
     assert with_reference[0] == {"policy", "reference"}
