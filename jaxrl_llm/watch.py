@@ -92,7 +92,8 @@ class Record:
     """What a run knows besides its state, and a checkpoint keeps beside it.
 
     step: steps taken. cursor: batches drawn from the task's iterator. seconds: training time. returns: times the run
-    went back to a checkpoint; `stumbled` the step that made it, `landed` the checkpoint. evaluations: by step.
+    went back to a checkpoint; `stumbled` the step that made it, `landed` the checkpoint, `vain` how often in a row that
+    did not get it past the step. evaluations: by step.
     """
 
     step: int = 0
@@ -101,6 +102,7 @@ class Record:
     returns: int = 0
     stumbled: int = 0
     landed: int = 0
+    vain: int = 0
     evaluations: dict[int, Evaluation] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class Record:
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Record:
         """What `plain` gave; other entries are left out."""
-        values = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
+        values = {field.name: plain[field.name] for field in dataclasses.fields(cls) if field.name in plain}
         evaluations = {int(step): Evaluation(**_number(e)) for step, e in values.pop("evaluations").items()}
         return cls(**values, evaluations=evaluations)
 
@@ -292,12 +294,13 @@ class Watch:
         """
         now = self.record
         again = now.returns > 0 and now.step <= now.stumbled
-        before = now.landed if again else now.step
+        before, vain = (now.landed, now.vain + 1) if again else (now.step, 0)
         saved = self._checkpoints.restore(like, before=before)
-        if saved is None or (again and now.returns >= PATIENCE):
-            raise BadUpdate(f"the update of step {now.step} was bad, and there is no checkpoint left to go back to")
+        if saved is None or vain >= PATIENCE:
+            why = "there is no checkpoint left to go back to" if saved is None else f"{vain} returns did not help"
+            raise BadUpdate(f"the update of step {now.step} was bad, and {why}")
         self.record = dataclasses.replace(
-            Record.of(saved.run), cursor=now.cursor, seconds=now.seconds, returns=now.returns + 1
+            Record.of(saved.run), cursor=now.cursor, seconds=now.seconds, returns=now.returns + 1, vain=vain
         )
         self.record.stumbled, self.record.landed = max(now.step, now.stumbled), saved.step
         self._checkpoints.forget(after=saved.step)

@@ -205,6 +205,7 @@ def bad_update(bench: Bench, dice: random.Random, times: int, size: str, how: st
     """gradients that are not finite or explode"""
     run = bench.place()
     changes: dict[str, Any] = {"trouble": size, "bad_updates": how, "bad_norm": 1e3, "checkpoint_every": 2}
+    changes |= {"keep_checkpoints": 20} if how == "back" else {}
     process = bench.start(run, **changes)
     done(process, status=1 if how == "stop" else 0)
     found = lines(run)
