@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,6 +186,19 @@ class Bench:
         line = line if limit is None else ["prlimit", f"--fsize={limit}", *line]
         return subprocess.Popen(line, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def together(self, run: Path, processes: int = 2, **changes: Any) -> list[subprocess.Popen[str]]:
+        """As `start`, in several processes of one device each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        line = [sys.executable, __file__, json.dumps(self.options(run, **changes, distributed=True))]
+        shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_NUM_CPU_DEVICES": "1"}
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return [
+            subprocess.Popen(line, env={**self.environment, **shared, "JAX_PROCESS_ID": str(i)}, **options)
+            for i in range(processes)
+        ]
+
     def whole(self, **changes: Any) -> Path:
         """The undisturbed run with these options."""
         name = json.dumps(changes, sort_keys=True)
@@ -230,17 +244,22 @@ def wait(process: subprocess.Popen[str], until: Callable[[], Any]) -> bool:
 
 
 def check_equal(run: Path, whole: Path) -> None:
-    """Lines, arrays of the last checkpoint, and the summary."""
+    """Lines, the summary, and arrays of the last checkpoint."""
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    assert lines(run) == lines(whole)
+    check_said(run, whole)
     a, b = (ocp.load(path / "checkpoints" / str(len(lines(whole)))) for path in (run, whole))
     assert a.keys() == b.keys()
     for name in a:
         x, y = (jax.random.key_data(s[name]) if name == ".key" else np.asarray(s[name]) for s in (a, b))
         np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def check_said(run: Path, whole: Path) -> None:
+    """Lines, and the summary, whose evaluation is a sum over all parameters."""
+    assert lines(run) == lines(whole)
     summaries = [json.loads((path / "summary.json").read_text()) | {"train_seconds": 0} for path in (run, whole)]
     assert summaries[0] == summaries[1]
 

@@ -31,6 +31,7 @@ from fault_runs import (
     STEPS,
     Bench,
     check_equal,
+    check_said,
     count,
     done,
     lines,
@@ -59,6 +60,28 @@ def kill(bench: Bench, dice: random.Random, times: int, **changes: Any) -> dict[
         done(bench.start(run, resumed=True, **changes))
     check_equal(run, whole)
     return {"resumed each time; in the end the undisturbed run": landed}
+
+
+def kill_one_of_two(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
+    """kill -9 of one of the two processes of a run: the other ends too, and two new ones go on"""
+    steps = 20
+    changes: dict[str, Any] = {"model": "language", "heartbeat": 8, "steps": steps, "checkpoint_every": 3}
+    whole, run = bench.place(), bench.place()
+    for process in bench.together(whole, **changes):
+        done(process)
+    for i in range(times):
+        pair = bench.together(run, resumed=i > 0, **changes)
+        goal = (count(run) if i else 0) + dice.randint(1, steps // (times + 1))
+        wait(pair[0], lambda goal=goal: count(run) > goal)
+        victim = dice.randrange(2)
+        pair[victim].kill()
+        _, said = pair[1 - victim].communicate(timeout=600)
+        assert pair[1 - victim].returncode not in (0, -9) and ("died" in said or "heartbeat" in said), said[-2000:]
+        pair[victim].communicate()
+    for process in bench.together(run, resumed=True, **changes):
+        done(process)
+    check_said(run, whole)
+    return {"the other ended with a message; resumed in two each time; in the end the undisturbed run": times}
 
 
 def kill_in_save(bench: Bench, dice: random.Random, times: int) -> dict[str, int]:
@@ -254,6 +277,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
         3,
     ),
     "kill -9, five steps a program": (functools.partial(kill, scan=5, checkpoint_every=10), 3),
+    "kill -9 of one of two processes": (kill_one_of_two, 3),
     "SIGTERM": (terminate, 5),
     "disk full, stop": (functools.partial(full, how="stop"), 1),
     "disk full, continue": (functools.partial(full, how="continue"), 1),

@@ -84,6 +84,21 @@ def steps(mesh, verify, folder, count=2):
     return parts, state, prompts
 
 
+def rest(parts, state, prompts, count=2):
+    """All metrics of more steps, to the last bit."""
+    _, metrics = run(parts, None, count, state=state, prompts=prompts)
+    say(what="rest", metrics={name: np.asarray(x, np.float64).tolist() for name, x in metrics.items()})
+
+
+def resumed(mesh, folder):
+    """Goes on from what `save` left, as a new process."""
+    task, _, _ = host_task(folder)
+    parts = parts_of(task, mesh)
+    like = sharding.shaped(mesh, jax.eval_shape(parts.init, jax.random.key(0)))
+    state = checkpoint.load(folder / "state", like)
+    rest(parts, state, distributed.batches(mesh, task, 0, PROMPTS, start=int(state.step)))
+
+
 def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[2])
     if "JAX_PROCESS_ID" in os.environ:
@@ -91,12 +106,15 @@ def main() -> None:
     mesh = mesh_of(len(jax.devices()))
     distributed.meet(mesh)
     say(what="met", devices=len(jax.devices()), local=len(jax.local_devices()))
+    if "resume" in what:
+        return resumed(mesh, folder)
     parts, state, prompts = steps(mesh, "inside", folder)
     if "save" in what:
         checkpoint.save(folder / "state", state)
         whole = distributed.on_host(state.params)
         if whole is not None:
             np.savez(folder / "params.npz", **{str(i): x for i, x in enumerate(jax.tree.leaves(whole))})
+        rest(parts, state, prompts)
     if "load" in what:
         like = sharding.shaped(mesh, jax.eval_shape(parts.init, jax.random.key(0)))
         read = checkpoint.load(folder / "state", like)

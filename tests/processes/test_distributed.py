@@ -73,6 +73,12 @@ def two(folder, fast_flags):
 
 
 @pytest.fixture(scope="module")
+def resumed(two, folder, fast_flags):
+    """Two other processes go on where the first two saved."""
+    return launch(2, "resume", folder, fast_flags)
+
+
+@pytest.fixture(scope="module")
 def four(two, folder, fast_flags):
     """They read what two processes saved, and then the second of them dies."""
     begun = time.monotonic()
@@ -112,6 +118,13 @@ def test_a_verifier_between_two_programs_is_shared_too(alone, two):
     for line in of(two[0], "between"):
         np.testing.assert_allclose(line["losses"], alone["losses"], rtol=1e-5, atol=1e-7)
         assert line["asked"] == [32] * 2
+
+
+def test_two_processes_resume_to_the_last_bit(two, resumed):
+    assert resumed[1] == [0, 0], resumed[2]
+    want, got = of(two[0], "rest"), of(resumed[0], "rest")
+    assert len(want) == len(got) == 2
+    assert all(one["metrics"] == want[0]["metrics"] for one in want + got)
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_four_on_another_mesh(four):
