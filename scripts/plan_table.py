@@ -2,6 +2,7 @@
 
     python scripts/plan_table.py                 # all rows that are not there yet, one after the other
     python scripts/plan_table.py --rows 0 3      # these, again
+    python scripts/plan_table.py --rows 0 --length 2048 --compiles 1
     python scripts/plan_table.py --least         # only what is certain to be needed, from shapes, in seconds
     python scripts/plan_table.py --write         # the page alone, from what is there
 
@@ -58,6 +59,7 @@ ROWS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of the rows to compile, from 0")
+    parser.add_argument("--length", type=int, help="of the first try, instead of the row's")
     parser.add_argument("--compiles", type=int, default=3, help="most compilations of a row")
     parser.add_argument("--least", action="store_true", help="what all rows need at least; compile nothing")
     parser.add_argument("--write", action="store_true", help="write the page and compile nothing")
@@ -66,6 +68,7 @@ def main() -> None:
     if given.least:
         keep([at_least(row) for row in ROWS])
     for row in [] if given.write or given.least else [ROWS[i] for i in wanted]:
+        row = row if given.length is None else dataclasses.replace(row, length=given.length)
         search(row, given.compiles, again=given.rows is not None)
     PAGE.write_text(page(kept()))
     print(f"wrote {PAGE}")
@@ -176,6 +179,21 @@ def share(x: dict[str, Any]) -> str:
     return f"{100 * x['model_flops'] / x['devices'] / x['peak_flops'] / (took['estimate'] + took['links']):.0f} %"
 
 
+LONGEST_HEAD = """## The longest responses that fit
+
+A chip's memory grows with the length in a straight line, as far as it was compiled: the line through the two longest
+lengths of a row, up to the chip's memory, gives the longest (a multiple of 128). It was not compiled itself.
+
+"""
+
+
+def longest(found: list[dict[str, Any]]) -> str:
+    """A row's length at which the line through its two longest reaches the chip's memory."""
+    (low, a), (high, b) = sorted((length_of(x), x["memory"]["total"]) for x in found)[-2:]
+    room = (found[0]["memory"]["limit"] - b) * (high - low) / (b - a)
+    return str(int(high + room) // 128 * 128)
+
+
 LEAST = (
     ("model", lambda x: x["config"]["model"]),
     ("slice", lambda x: f"{x['accelerator']} ({x['config']['topology'].split(':')[1]})"),
@@ -187,6 +205,13 @@ LEAST = (
     ("sampling: weights and prompts", lambda x: gib(x["memory"]["reads"])),
     ("sampling: responses", lambda x: gib(x["memory"]["cache"])),
     ("at least / HBM", lambda x: f"{gib(x['memory']['total'])} / {gib(x['memory']['limit'])}"),
+)
+LONGEST: Any = (
+    *((name, lambda row, read=read: read(row[0])) for name, read in LEAST[:3]),
+    ("prompts x group", lambda row: f"{row[0]['config']['prompts_per_step']} x 8"),
+    ("compiled: tokens (GiB)", lambda row: ", ".join(f"{length_of(x)} ({gib(x['memory']['total'])})" for x in row)),
+    ("HBM", lambda row: gib(row[0]["memory"]["limit"])),
+    ("longest", longest),
 )
 COLUMNS = (
     *LEAST[:4],
@@ -208,6 +233,9 @@ def page(found: list[dict[str, Any]]) -> str:
     waiting = [i for i, row in enumerate(ROWS) if not any(of(row, x) for x in found)]
     left = [f"- `jaxrl-llm plan {ROWS[i].options(ROWS[i].length)}` (`--rows {i}`)" for i in waiting]
     parts = [HEAD, table(COLUMNS, compiled_) + NOTES if compiled_ else ""]
+    rows = [sorted((x for x in found if of(row, x)), key=length_of) for row in ROWS]
+    several = [row for row in rows if len(row) > 1]
+    parts += [LONGEST_HEAD + table(LONGEST, several)] if several else []
     parts += ["## Not compiled yet\n\n" + "\n".join(left) + "\n"] if left else []
     parts += [LEAST_HEAD + table(LEAST, least)] if least else []
     return "\n".join(part for part in parts if part)
