@@ -181,8 +181,9 @@ def share(x: dict[str, Any]) -> str:
 
 LONGEST_HEAD = """## The longest responses that fit
 
-A chip's memory grows with the length in a straight line, as far as it was compiled: the line through the two longest
-lengths of a row, up to the chip's memory, gives the longest (a multiple of 128). It was not compiled itself.
+A chip's memory grows with the length a little faster than in a straight line (the row with three lengths shows it). The
+longest responses that fit lie between the longest that was compiled and fits, and "at most": where the line through a
+row's two longest reaches the chip's memory, as a multiple of 128.
 
 """
 
@@ -211,7 +212,7 @@ LONGEST: Any = (
     ("prompts x group", lambda row: f"{row[0]['config']['prompts_per_step']} x 8"),
     ("compiled: tokens (GiB)", lambda row: ", ".join(f"{length_of(x)} ({gib(x['memory']['total'])})" for x in row)),
     ("HBM", lambda row: gib(row[0]["memory"]["limit"])),
-    ("longest", longest),
+    ("at most", longest),
 )
 COLUMNS = (
     *LEAST[:4],
