@@ -306,8 +306,8 @@ def _check(config: TrainConfig, resumed: bool) -> None:
         raise ValueError(f"{_option(given[0])} is of adapters: say their rank, --lora-rank N")
     if config.bad_updates == "apply" and config.bad_norm is not None:
         raise ValueError("--bad-norm says which updates are bad: --bad-updates skip, stop or back")
-    if config.split_tokens and config.mesh is None:
-        raise ValueError("--split-tokens splits them over tensor: --mesh tensor=N")
+    if config.split_tokens:
+        sharding.check_split_tokens(config.mesh)
     if config.bad_updates == "back" and not config.checkpoint_every:
         raise ValueError("--bad-updates back needs checkpoints to go back to: --checkpoint-every N")
     if (config.run / "metrics.jsonl").exists() and not (config.overwrite or resumed):
@@ -322,8 +322,6 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     elif config.mesh is None:
         return None
     mesh = sharding.mesh(**sizes)
-    if config.split_tokens and mesh.shape["tensor"] == 1:
-        raise ValueError("--split-tokens splits them over tensor: --mesh tensor=N")
     distributed.meet(mesh)
     return mesh
 

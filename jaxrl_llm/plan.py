@@ -374,6 +374,8 @@ def _check(config: PlanConfig) -> None:
         raise ValueError(f"--mean-response is a share, above 0 and at most 1, got {config.mean_response}")
     if config.prompts_per_step % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} must divide --prompts-per-step {config.prompts_per_step}")
+    if config.split_tokens:
+        sharding.check_split_tokens(config.mesh)
 
 
 def _default(function: Callable[..., Any], name: str, otherwise: Any) -> Any:

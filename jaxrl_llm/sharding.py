@@ -110,6 +110,12 @@ def parse(text: str) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.items()}
 
 
+def check_split_tokens(text: str | None) -> None:
+    """Raises ValueError if a mesh written so (None: one device, or `data` alone) has no axis to split tokens over."""
+    if text is None or parse(text).get("tensor", 1) == 1:
+        raise ValueError(f"--split-tokens splits them over tensor: --mesh tensor=N, got {text}")
+
+
 def data_mesh(devices: int | None = None) -> Mesh:
     """A mesh over the first `devices` devices (all if None), all along `data`.
 

@@ -111,7 +111,7 @@ class Record:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Record:
-        """What `plain` gave; other entries are left out."""
+        """What `plain` gave; other entries are left out, and what an older version did not give has its default."""
         values = {field.name: plain[field.name] for field in dataclasses.fields(cls) if field.name in plain}
         evaluations = {int(step): Evaluation(**_number(e)) for step, e in values.pop("evaluations").items()}
         return cls(**values, evaluations=evaluations)

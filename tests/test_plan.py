@@ -158,6 +158,7 @@ def test_topologies():
         ({"mesh": "data=3"}, "needs 3 devices, got 8"),
         ({"accumulate": 3}, "--accumulate 3 must divide"),
         ({"group_size": 0}, "--group-size must be at least 1"),
+        ({"split_tokens": True, "mesh": "fsdp=8"}, "--split-tokens splits them over tensor"),
         ({"mean_response": 2.0}, "--mean-response"),
         ({"set": {"clip_hgih": 1}}, "no 'clip_hgih'"),
         ({"topology": "cpu:16"}, "has 8 CPU devices"),

@@ -25,6 +25,12 @@ OPTIMIZER = adamw(0.1, eps=1e-3)  # where a gradient is 0, the step is not that 
 HUGE = 1000  # times that the sampler's loop is said to run, to know it by
 
 
+def sized(**options):
+    """No size of a weight is a number of prompts or rows, so that the shape of an array says what it is."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return TransformerConfig(hidden_size=16, intermediate_size=40, **heads, **options)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.mesh(data=2, fsdp=2, tensor=2)
@@ -32,18 +38,8 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def build(letters):
-    """No size of a weight is a number of prompts or rows, so that the shape of an array says what it is."""
-    config = TransformerConfig(
-        vocab_size=len(letters.tokenizer) + len(letters.tokenizer) % 2,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        qkv_bias=True,
-        tie_word_embeddings=False,
-    )
+    vocab = len(letters.tokenizer) + len(letters.tokenizer) % 2
+    config = sized(vocab_size=vocab, num_hidden_layers=2, qkv_bias=True, tie_word_embeddings=False)
 
     def build(mesh):
         return learner(
@@ -172,17 +168,7 @@ def test_the_cache_is_split_by_rows_and_heads(together, letters):
 
 def test_what_a_gradient_keeps_can_be_split_over_tokens(mesh):
     """Inputs of 3 layers, 2 prompts on a device: half of 8 tokens, a prefix of 3, one more, and 2 responses of 2."""
-    config = TransformerConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        remat="full",
-        split_tokens=True,
-    )
+    config = sized(vocab_size=8, num_hidden_layers=3, remat="full", split_tokens=True)
     model = transformer(config)
     params = model.init(jax.random.key(0))
     prefix = Context(tokens=np.ones((8, 3), np.int32), mask=np.arange(3) < np.array([[3], [1]] * 4))
